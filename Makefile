@@ -1,0 +1,59 @@
+# Everything runs in .venv, which `make setup` builds from the versions in constraints.txt. Needs Python 3.11 or newer and make.
+.PHONY: setup demo test test-slow check fmt fmt-check lint types shapes bench train-bundled
+.NOTPARALLEL:
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# Threads that spin while they wait make torch up to a hundred times slower on a machine that does something else too.
+export OMP_WAIT_POLICY := PASSIVE
+
+# Quick tests through every stage, run once more with every annotated shape checked. Those that hand in wrong shapes on purpose
+# have "refuse" in their names, and are left out: the checker would be faster than our own errors.
+SHAPE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,noise preview embedder experts gate accumulator decision \
+	calibration scorer trajectory)))
+
+STAGES := generator judges collect clip train calibrate evaluate
+
+demo: setup ## the main job on the bundled pipeline: pictures, curves and numbers in demo-out
+	$(BIN)/moe-artifacts demo --out demo-out
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("moe-artifacts needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	@touch $@
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+check: fmt-check lint types shapes test ## what CI runs
+
+fmt: setup
+	$(BIN)/ruff format --quiet .
+	$(BIN)/ruff check --quiet --fix .
+
+fmt-check: setup
+	$(BIN)/ruff format --quiet --check .
+
+lint: setup
+	$(BIN)/ruff check --quiet .
+
+types: setup
+	$(BIN)/mypy --no-error-summary
+
+shapes: setup
+	$(BIN)/python -m pytest -q --jaxtyping-packages=moe_artifacts,beartype.beartype -k "not refuse" $(SHAPE_TESTS)
+
+bench: setup
+	$(BIN)/python -m benchmarks.compatibility --pipeline fashion
+	$(BIN)/python -m benchmarks.savings
+
+train-bundled: setup ## the bundled default from scratch, about 4 hours; stages that are done are skipped
+	set -e; for stage in $(STAGES); do $(BIN)/python -m training.$$stage; done
