@@ -1,0 +1,184 @@
+"""When to stop an image, and when to stop looking at it.
+
+Every rule is nested in one number, so each trajectory has one path statistic that never falls along its steps: an image
+is aborted at the first step whose statistic is >= the threshold. With a the posterior, C and F the accumulated sums:
+
+    cumulative   C_t
+    posterior    the largest a so far
+    patience     the largest, so far, of the smallest a among ``patience`` consecutive steps
+    q-exit       a at the first step with F > q, from there on; 0 before
+
+Sources: PALBERT, arXiv:2204.03276 (q-exit); PABEE, arXiv:2006.04152 (patience, here with alarms instead of equal
+classes). The cumulative rule is ours, and so is ``clear``: stop scoring once K_t >= clear_threshold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_artifacts.accumulator import Accumulated
+from moe_artifacts.config import ThresholdConfig
+from moe_artifacts.errors import InputError
+from moe_artifacts.shapes import PerImage, RowMask, Rows, StepIndex, StepProbs, StepValues
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """Where each trajectory was aborted or cleared: at most one of the two, the number of steps where never."""
+
+    abort_step: StepIndex
+    clear_step: StepIndex
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What falls at one step. An image is aborted or cleared at most once, and never both."""
+
+    abort: RowMask
+    clear: RowMask
+    statistic: PerImage  # NaN once a score of this image was NaN: it is neither aborted nor cleared then
+
+
+@runtime_checkable  # for `make shapes`
+class Score(Protocol):
+    """What a decision needs of one scored step: one number per image each."""
+
+    @property
+    def artifact_prob(self) -> PerImage: ...
+    @property
+    def exit_cdf(self) -> PerImage: ...
+    @property
+    def cumulative_artifact_prob(self) -> PerImage: ...
+    @property
+    def cumulative_clean_prob(self) -> PerImage: ...
+
+
+def path_statistic(rule: ThresholdConfig, artifact_prob: StepProbs, acc: Accumulated) -> StepValues:
+    """Largest threshold at which each trajectory would have been aborted by each step.
+
+    Args:
+        rule: Its threshold does not matter here.
+        artifact_prob: In [0, 1].
+        acc: The same steps, accumulated.
+    Returns:
+        Float32 in [0, 1] that never falls along ``step``.
+    Raises:
+        InputError: If the scores hold NaN, which would pass for "never aborted", or if the shapes differ.
+    """
+    prob = artifact_prob.float()
+    for name, value in (("artifact_prob", prob), ("exit_cdf", acc.exit_cdf)):
+        if value.shape != prob.shape:
+            raise InputError(
+                f"{name} must have the shape {tuple(prob.shape)} of artifact_prob, got {tuple(value.shape)}"
+            )
+        if rows := value.isnan().any(dim=-1).nonzero().flatten().tolist():
+            raise InputError(f"{name} is NaN in rows {rows[:8]} ({len(rows)} in all): leave these trajectories out")
+    if rule.rule == "cumulative":
+        value = acc.cumulative_artifact_prob
+    elif rule.rule == "posterior":
+        value = prob
+    elif rule.rule == "patience":
+        assert rule.patience is not None  # the config saw to it
+        run = min(rule.patience, prob.shape[-1] + 1)  # a longer one is never complete either
+        value = F.pad(prob, (run - 1, 0)).unfold(-1, run, 1).amin(dim=-1)  # 0 while fewer steps than that were seen
+    else:
+        assert rule.q is not None
+        reached = acc.exit_cdf > rule.q
+        value = torch.where(reached & (reached.cumsum(dim=-1) == 1), prob, 0.0)  # at the first such step only
+    # For the cumulative rule too: a GPU sums in parallel, where rounding can make a running sum fall by one digit.
+    return value.cummax(dim=-1).values
+
+
+def abort_step(statistic: StepValues, threshold: float) -> StepIndex:
+    """First step with ``statistic >= threshold``, or the number of steps where none reaches it.
+
+    Example:
+        >>> abort_step(torch.tensor([[0.1, 0.4, 0.4], [0.0, 0.1, 0.2]]), 0.4)
+        tensor([1, 3])
+    """
+    # It never falls, so the steps below the threshold come first: counting them gives the index.
+    return (statistic < threshold).sum(dim=-1)
+
+
+def clear_step(rule: ThresholdConfig, acc: Accumulated) -> StepIndex:
+    """First step with ``cumulative_clean_prob >= clear_threshold``; never for the rules that are not cumulative."""
+    clean = acc.cumulative_clean_prob
+    if rule.rule != "cumulative" or rule.clear_threshold is None:
+        return torch.full(clean.shape[:1], clean.shape[-1], dtype=torch.int64, device=clean.device)
+    return abort_step(clean.cummax(dim=-1).values, rule.clear_threshold)
+
+
+def decide(rule: ThresholdConfig, artifact_prob: StepProbs, acc: Accumulated) -> Decided:
+    """Abort or clear whole trajectories; both at one step is an abort, and nothing is aborted once it was cleared.
+
+    Raises:
+        InputError: As :func:`path_statistic`.
+    """
+    abort = abort_step(path_statistic(rule, artifact_prob, acc), rule.threshold)
+    clear = clear_step(rule, acc)
+    never = artifact_prob.shape[-1]
+    return Decided(
+        abort_step=torch.where(abort <= clear, abort, never), clear_step=torch.where(clear < abort, clear, never)
+    )
+
+
+class Decider:
+    """The same decisions one step at a time, for a batch that is still running and may lose rows."""
+
+    def __init__(self, rule: ThresholdConfig, batch_size: int) -> None:
+        self.rule = rule
+        self._statistic = torch.zeros(batch_size)
+        self._open = torch.ones(batch_size, dtype=torch.bool)  # neither aborted nor cleared so far
+        self._reached = torch.zeros(batch_size, dtype=torch.bool)  # q-exit: F has passed q
+        self._recent: list[Tensor] = []  # patience: the last posteriors
+
+    def step(self, score: Score) -> Decision:
+        """Decide after one scored step.
+
+        Raises:
+            InputError: If the number of rows is not the one of the running batch.
+        """
+        prob, cdf = score.artifact_prob.float(), score.exit_cdf
+        if prob.shape != self._statistic.shape:
+            raise InputError(
+                f"artifact_prob must have shape {tuple(self._statistic.shape)}, one number per row that is still "
+                f"running, got {tuple(prob.shape)}; call keep(rows) when rows leave the batch"
+            )
+        self._statistic, self._open, self._reached = (
+            t.to(prob.device) for t in (self._statistic, self._open, self._reached)
+        )
+        value = torch.where((prob + cdf).isnan(), torch.nan, self._value(score, prob))
+        self._statistic = torch.maximum(self._statistic, value)  # NaN stays NaN
+        abort = self._open & (self._statistic >= self.rule.threshold)
+        clear = torch.zeros_like(abort)
+        if self.rule.rule == "cumulative" and self.rule.clear_threshold is not None:
+            clear = self._open & ~abort & (score.cumulative_clean_prob >= self.rule.clear_threshold)
+        self._open = self._open & ~abort & ~clear
+        return Decision(abort=abort, clear=clear, statistic=self._statistic)
+
+    def keep(self, rows: Rows) -> None:
+        """Go on with these rows only, in this order."""
+        rows = rows.to(self._statistic.device)
+        self._statistic, self._open, self._reached = self._statistic[rows], self._open[rows], self._reached[rows]
+        self._recent = [prob[rows] for prob in self._recent]
+
+    def _value(self, score: Score, prob: Tensor) -> Tensor:
+        """What this step alone adds: the path statistic is the largest of these."""
+        if self.rule.rule == "cumulative":
+            return score.cumulative_artifact_prob
+        if self.rule.rule == "posterior":
+            return prob
+        if self.rule.rule == "patience":
+            assert self.rule.patience is not None  # the config saw to it
+            self._recent = [*self._recent, prob][-self.rule.patience :]
+            complete = len(self._recent) == self.rule.patience
+            return torch.stack(self._recent).amin(dim=0) if complete else torch.zeros_like(prob)
+        assert self.rule.q is not None
+        first = (score.exit_cdf > self.rule.q) & ~self._reached
+        self._reached = self._reached | first
+        return torch.where(first, prob, 0.0)
