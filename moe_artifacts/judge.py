@@ -1,0 +1,108 @@
+"""Artifact labels without humans: how far a finished image is from the real images of its class.
+
+    margin = log(mean distance to the k nearest real images of the class / threshold of the class)
+
+in the features of a classifier that was trained on real images only. An image has artifacts where its margin is above 0;
+the threshold of a class is the 95th percentile of held-out real images. The manifold of real images as a set of k-nearest
+neighbour balls: Kynkaanniemi et al. 2019, arXiv:1904.06991. We differ in taking the mean distance to k neighbours, which is
+smoother than membership in a ball, and in looking at one class at a time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from moe_artifacts.errors import CheckpointError, InputError
+from moe_artifacts.shapes import PerImage, Preview
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier of grey 32x32 images; its last hidden layer is the feature space."""
+
+    def __init__(self, num_classes: int, width: int, feature_dim: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 1
+        for out in (width, 2 * width, 4 * width):
+            layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)]
+            channels = out
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * 16, feature_dim))
+        self.head = nn.Linear(feature_dim, num_classes)
+
+    def features(self, images: Preview) -> Float[Tensor, "batch feature"]:
+        """Features of RGB images in [0, 1], 32x32 pixels; colour is ignored."""
+        return self.body(images.mean(dim=1, keepdim=True) * 2 - 1)
+
+    def forward(self, images: Preview) -> Float[Tensor, "batch label"]:
+        return self.head(F.relu(self.features(images)))
+
+
+class ManifoldJudge(nn.Module):
+    """Says how far finished images are from the real images of their class."""
+
+    reference: Tensor  # class real feature
+    log_threshold: Tensor  # class
+
+    def __init__(self, classifier: Classifier, reference: Tensor, log_threshold: Tensor, neighbours: int) -> None:
+        super().__init__()
+        self.classifier = classifier.eval()
+        self.neighbours = neighbours
+        self.register_buffer("reference", reference.float())
+        self.register_buffer("log_threshold", log_threshold.float())
+
+    @torch.no_grad()
+    def margin(self, images: Preview, labels: Int64[Tensor, " batch"]) -> PerImage:
+        """Log of distance over threshold; above 0 the image counts as one with artifacts.
+
+        Args:
+            images: Finished images, RGB in [0, 1], 32x32 pixels.
+            labels: The class that the prompt asked for.
+        Raises:
+            InputError: If a label is not one of the judge's classes, or images and labels differ in number.
+        """
+        if len(images) != len(labels):
+            raise InputError(f"images and labels must be as many, got {len(images)} and {len(labels)}")
+        classes = len(self.reference)
+        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+            raise InputError(f"labels must be in [0, {classes - 1}], got {labels.min()} to {labels.max()}")
+        features = self.classifier.features(images)
+        distance = torch.empty(len(images))
+        for label in labels.unique().tolist():
+            rows = labels == label
+            nearest = torch.cdist(features[rows], self.reference[label]).topk(self.neighbours, largest=False).values
+            distance[rows] = nearest.mean(dim=-1)
+        return distance.log() - self.log_threshold[labels]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What ``load_judge`` needs, in float16 where that is enough."""
+        return {
+            k: (v.half() if v.is_floating_point() and k != "log_threshold" else v).contiguous()
+            for k, v in self.state_dict().items()
+        }
+
+
+def load_judge(path: Path) -> ManifoldJudge:
+    """Load a judge written by ``training.judges``.
+
+    Raises:
+        CheckpointError: If the file is missing or is not such a judge.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        classifier = Classifier(int(metadata["classes"]), int(metadata["width"]), int(metadata["feature_dim"]))
+        judge = ManifoldJudge(
+            classifier, tensors["reference"], tensors["log_threshold"], int(metadata["neighbours"])
+        )
+        judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a readable judge: {error}") from error
+    return judge.eval()
