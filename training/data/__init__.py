@@ -1,0 +1,1 @@
+"""Images and prompts that the stages train on."""
