@@ -16,6 +16,8 @@ The way of one image, stage by stage; each stage is one file that can be used an
     trajectory.py   the records and their files
     checkpoint.py config.py files.py shapes.py errors.py    what the rest stands on
     bundled/        a small text-to-image pipeline, its scorer and its judge
+    offline.py      recorded trajectories scored folder by folder
+    demo.py         the bundled pipeline with and without the guard; report.py: its pictures
     cli.py          the command moe-artifacts
 
 The public names below are imported when first used, so that ``import moe_artifacts`` does not import torch.

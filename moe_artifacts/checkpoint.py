@@ -62,7 +62,7 @@ def load_checkpoint(
         CheckpointError: If files are missing or damaged, or hold NaN or infinity.
         ConfigError: If the config has unknown keys or values out of range, or is of a newer format.
     """
-    folder = _find_folder(os.fspath(name_or_path), revision, cache_dir, local_files_only)
+    folder = find_checkpoint(os.fspath(name_or_path), revision, cache_dir, local_files_only)
     return _read_config(folder / CONFIG_NAME), _read_weights(folder / WEIGHTS_NAME)
 
 
@@ -86,7 +86,14 @@ def load_state_strict(module: nn.Module, state: Mapping[str, Tensor], name: str 
     module.load_state_dict(dict(state))
 
 
-def _find_folder(name: str, revision: str | None, cache_dir: str | None, local_files_only: bool) -> Path:
+def find_checkpoint(
+    name: str, revision: str | None = None, cache_dir: str | None = None, local_files_only: bool = False
+) -> Path:
+    """The folder that :func:`load_checkpoint` reads, on this machine.
+
+    Raises:
+        CheckpointError: If there is none, or the Hub could not give it.
+    """
     bundled = sorted(path.parent.parent.name for path in BUNDLED.glob(f"*/scorer/{CONFIG_NAME}"))
     if name in bundled:
         return BUNDLED / name / "scorer"

@@ -222,7 +222,9 @@ class ScorerConfig:
 
     def __post_init__(self) -> None:
         version = self.format_version
-        _require(version == FORMAT_VERSION, f"format_version {version!r} is unknown, this release reads {FORMAT_VERSION}")
+        _require(
+            version == FORMAT_VERSION, f"format_version {version!r} is unknown, this release reads {FORMAT_VERSION}"
+        )
         _require_range("log_snr_range", self.log_snr_range)
         checks = self.check_progress
         ok = len(checks) > 0 and all(0 <= c <= 1 for c in checks) and list(checks) == sorted(set(checks))
@@ -253,7 +255,9 @@ def from_dict(kind: type[ConfigT], values: Any, where: str = "config") -> Config
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]  # only dataclasses come here
     if unknown := sorted(set(values) - set(fields)):
-        raise ConfigError(f"{where} has unknown keys {unknown}; known: {sorted(fields)}. Was it made by a newer release?")
+        raise ConfigError(
+            f"{where} has unknown keys {unknown}; known: {sorted(fields)}. Was it made by a newer release?"
+        )
     required = {
         n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }

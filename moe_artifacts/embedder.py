@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moe_artifacts.config import MAX_WIDTH, EmbedderConfig
 from moe_artifacts.errors import CheckpointError, ConfigError, InputError
-from moe_artifacts.shapes import Embedding, Preview
+from moe_artifacts.shapes import Embedding, Preview, TowerInput
 
 MAX_LAYERS = 512
 MAX_PARAMETERS = 20_000_000_000  # the largest open_clip model has 5 billion
@@ -122,7 +122,7 @@ class ClipEmbedder(nn.Module):
             )
 
 
-def resize_and_crop(preview: Preview, preprocess_config: Mapping[str, Any]) -> Preview:
+def resize_and_crop(preview: Preview, preprocess_config: Mapping[str, Any]) -> TowerInput:
     """Bring a preview to the size of the image tower, as open_clip does with PIL images.
 
     Args:
@@ -212,7 +212,7 @@ def _check_custom(values: dict[str, Any]) -> None:
             raise ConfigError(f"embedder.model_config: {name} must be at most {most}, got {number}")
 
 
-def _numbers(values: Any, name: str = "") -> list[tuple[str, float]]:
+def _numbers(values: Any, name: str = "") -> list[tuple[str, int | float]]:
     """All numbers of nested JSON values, each with the nearest key above it."""
     if isinstance(values, dict):
         return [pair for key, value in values.items() for pair in _numbers(value, key)]

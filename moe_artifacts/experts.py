@@ -89,11 +89,15 @@ class Experts(nn.Module):
         mixed = features.new_zeros(len(features), self.config.hidden_dim)
         for k in range(self.config.num_experts):
             rows = (gate_weights[:, k] != 0).nonzero().squeeze(-1)  # not `> 0`, which would drop NaN without a trace
+            if len(rows) == 0:  # most of the experts, in a batch that is all at one noise level
+                continue
             if len(rows) == 0:  # while running, a batch has one noise level, and most experts no rows
                 continue
-            inner = torch.addmm(self.expert_bias[k], features[rows], self.expert_weight[k])
+            everyone = len(rows) == len(features)  # then gathering and scattering would only cost time
+            inner = torch.addmm(self.expert_bias[k], features if everyone else features[rows], self.expert_weight[k])
             hidden = _gated(F.layer_norm(inner, inner.shape[-1:]))
-            mixed = mixed.index_add(0, rows, (gate_weights[rows, k, None] * (hidden @ self.expert_state[k])).to(mixed))
+            correction = (gate_weights[rows, k, None] * (hidden @ self.expert_state[k])).to(mixed)
+            mixed = mixed + correction if everyone else mixed.index_add(0, rows, correction)
         return mixed
 
 

@@ -97,11 +97,9 @@ def load_judge(path: Path) -> ManifoldJudge:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
         classifier = Classifier(int(metadata["classes"]), int(metadata["width"]), int(metadata["feature_dim"]))
-        judge = ManifoldJudge(
-            classifier, tensors["reference"], tensors["log_threshold"], int(metadata["neighbours"])
-        )
+        judge = ManifoldJudge(classifier, tensors["reference"], tensors["log_threshold"], int(metadata["neighbours"]))
         judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable judge: {error}") from error

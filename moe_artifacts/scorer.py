@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moe_artifacts.accumulator import Accumulated, Accumulator, ExitHead, accumulate, step_mass
+from moe_artifacts.accumulator import Accumulator, ExitHead, accumulate, step_mass
 from moe_artifacts.calibration import Calibration
 from moe_artifacts.checkpoint import load_checkpoint, load_state_strict, save_checkpoint
 from moe_artifacts.config import FeatureConfig, ScorerConfig
@@ -298,9 +298,17 @@ class Session:
             torch.full_like(stride, self._progress),
         )
         prob = prob.masked_fill(~finite, torch.nan)
-        done: Accumulated = self._accumulator.step(prob, mass.masked_fill(~finite, torch.nan))
+        done = self._accumulator.step(prob, mass.masked_fill(~finite, torch.nan))
         self._embedding, self._state, self._progress = embedding, state, now
-        return StepScore(prob, *(getattr(done, name) for name in _ACCUMULATED), weights, self._finite)
+        return StepScore(
+            artifact_prob=prob,
+            exit_prob=done.exit_prob,
+            exit_cdf=done.exit_cdf,
+            cumulative_artifact_prob=done.cumulative_artifact_prob,
+            cumulative_clean_prob=done.cumulative_clean_prob,
+            gate_weights=weights,
+            finite=self._finite,
+        )
 
     def keep(self, rows: Rows) -> None:
         """Go on with these of the living rows only."""

@@ -12,6 +12,7 @@ from torch import Tensor
 Latents = Float[Tensor, "batch channel height width"]  # as the scheduler holds them, not rescaled
 StepLatents = Float[Tensor, "batch step channel height width"]  # the same over the scored steps
 Preview = Float[Tensor, "batch 3 pixel_h pixel_w"]  # RGB in [0, 1]; another grid, so other axis names
+TowerInput = Float[Tensor, "batch 3 tower_h tower_w"]  # a preview at the size of the image tower
 Embedding = Float[Tensor, "batch embed"]  # CLIP vectors of length 1
 Features = Float[Tensor, "batch feature"]  # what the experts see of one step
 StepFeatures = Float[Tensor, "batch step feature"]  # the same for a whole trajectory

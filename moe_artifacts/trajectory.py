@@ -13,8 +13,8 @@ A trajectory on disk is a folder:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,7 +134,8 @@ class Trajectory:
         Raises:
             InputError: As ``iter_trajectories``.
         """
-        return list(_iter_folder(Path(folder), batch_size=None))[0]  # not next(): the end of the file is checked too
+        [trajectory, *_] = _iter_folder(Path(folder), batch_size=None)  # not next(): the end of the file is checked too
+        return trajectory
 
     def _table(self) -> pa.Table:
         batch, steps = len(self.prompts), len(self.step)
@@ -171,12 +172,60 @@ def iter_trajectories(path: str | os.PathLike[str], batch_size: int) -> Iterator
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    for folder in trajectory_folders(path):
+        yield from _iter_folder(folder, batch_size)
+
+
+def trajectory_folders(path: str | os.PathLike[str]) -> list[Path]:
+    """The folder itself, if it is one of a trajectory, or the trajectory folders in it, in the order of their names.
+
+    Raises:
+        InputError: If there is none.
+    """
     path = Path(path)
     folders = [path] if _looks_like_one(path) else sorted(p for p in path.glob("*/") if _looks_like_one(p))
     if not folders:
         raise InputError(f"{path} is not a trajectory folder, nor a folder of them: {META_NAME} not found")
-    for folder in folders:
-        yield from _iter_folder(folder, batch_size)
+    return folders
+
+
+def join_trajectories(parts: Sequence[Trajectory]) -> Trajectory:
+    """The images of several runs in one setting, one run after the other, without latents and with the first one's meta.
+
+    A run whose images all left early has fewer scored steps: its scores are NaN at the others.
+
+    Raises:
+        InputError: If there are no parts, or they differ in their number of steps, their noise levels or their scores.
+    """
+    if not parts:
+        raise InputError("parts must hold at least one trajectory, got none")
+    first, levels = parts[0], dict[int, float]()
+    for number, part in enumerate(parts):
+        same = (part.num_steps, part.scores.keys()) == (first.num_steps, first.scores.keys())
+        if not same or any(levels.setdefault(s, v) != v for s, v in zip(part.step, part.log_snr.tolist(), strict=True)):
+            raise InputError(
+                f"parts must be runs in one setting, but part {number} differs from those before it in its number of "
+                "steps, its noise levels or its scores"
+            )
+    steps = sorted(levels)
+
+    def padded(part: Trajectory, name: str) -> Tensor:
+        values = torch.full((len(part.prompts), len(steps)), torch.nan)
+        values[:, [steps.index(s) for s in part.step]] = part.scores[name].float()
+        return values
+
+    labels = [part.label for part in parts if part.label is not None]
+    return replace(
+        first,
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        seeds=[seed for part in parts for seed in part.seeds],
+        step=steps,
+        log_snr=torch.tensor([levels[s] for s in steps]),
+        scores={name: torch.cat([padded(part, name) for part in parts]) for name in first.scores},
+        label=torch.cat(labels) if len(labels) == len(parts) else None,
+        x0=None,
+        latents=None,
+    )
 
 
 def _looks_like_one(folder: Path) -> bool:

@@ -30,6 +30,12 @@ for arguments in (["--help"], ["demo", "--help"], ["score", "--help"], ["inspect
     assert _imported_by(code) == set()
 
 
+def test_the_command_line_makes_threads_wait_without_spinning():
+    code = "import os; os.environ.pop('OMP_WAIT_POLICY', None); import moe_artifacts.cli; print(os.environ['OMP_WAIT_POLICY'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "PASSIVE\n"
+
+
 @pytest.mark.parametrize("name", moe_artifacts.__all__)
 def test_every_public_name_is_there(name):
     assert getattr(moe_artifacts, name).__name__ == name

@@ -69,7 +69,7 @@ def stable_diffusion(scheduler: str = "ddim", **unet: Any) -> StableDiffusionPip
                     intermediate_size=32,
                     num_hidden_layers=1,
                     num_attention_heads=2,
-                    max_position_embeddings=8,
+                    max_position_embeddings=24,
                     projection_dim=16,
                     bos_token_id=0,
                     eos_token_id=1,
@@ -196,4 +196,4 @@ def _tokenizer() -> CLIPTokenizer:
         vocabulary, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
         vocabulary.write_text(json.dumps(_vocabulary()))
         merges.write_text("#version: 0.2\n")
-        return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=8)
+        return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=24)

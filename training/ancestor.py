@@ -68,7 +68,11 @@ def train_ancestor(seed: int = 60, steps: int = 1_500) -> Path:
         optimizer.step()
     with atomic_path(result) as temporary:
         save_file(
-            {f"{name}.{k}": v.half() for name, m in (("clip", clip), ("net", net)) for k, v in m.state_dict().items()},
+            {
+                f"{name}.{k}": v.half().contiguous()
+                for name, m in (("clip", clip), ("net", net))
+                for k, v in m.state_dict().items()
+            },
             temporary,
         )
     return result

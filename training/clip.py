@@ -57,15 +57,15 @@ class ClipRecipe:
     """How long and how fast."""
 
     seed: int = 30
-    contrastive_steps: int = 500
+    contrastive_steps: int = 400
     contrastive_batch: int = 512
     contrastive_lr: float = 1e-3
-    finetune_steps: int = 2_600
+    finetune_steps: int = 2_000
     finetune_batch: int = 512
-    finetune_lr: float = 1e-3
+    finetune_lr: float = 1.5e-3
     weight_decay: float = 0.05
     margin_weight: float = 1.0
-    mixes: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+    mixes: tuple[float, ...] = (0.0, 0.5, 0.75, 0.9, 1.0)
 
 
 class PreviewClip(nn.Module):
@@ -264,7 +264,7 @@ def choose_mix(recipe: ClipRecipe, data: Recorded, validation: Recorded, parents
     result = stage.folder / "embedder.safetensors"
     if result.exists():
         return result
-    few = torch.arange(0, len(data.prompts), max(1, len(data.prompts) // 12_000))
+    few = torch.arange(0, len(data.prompts), max(1, len(data.prompts) // 6_000))
     subset = Recorded(
         prompts=[data.prompts[i] for i in few.tolist()],
         **{k: getattr(data, k)[few] for k in Recorded.__annotations__ if k != "prompts"},

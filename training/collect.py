@@ -107,6 +107,7 @@ def record_batch(
     seeds: list[int],
     setting: Setting,
     record_steps: Sequence[int] | None = None,
+    bfloat16: bool = False,
 ) -> tuple[Trajectory, Tensor, Tensor]:
     """Run the pipeline once and record x0 predictions; returns the trajectory, x_t at half way, and the finished latents.
 
@@ -125,7 +126,11 @@ def record_batch(
         if step.index == step.num_steps // 2:
             noisy.append(variance_preserving(step.sample, step.level).half())
 
-    with SchedulerTap(pipe.scheduler, observe, LiveRows(len(prompts))), torch.no_grad():
+    with (
+        SchedulerTap(pipe.scheduler, observe, LiveRows(len(prompts))),
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+    ):
         final = pipe(
             prompts,
             height=pipe.unet.config.sample_size * pipe.vae_scale_factor,
@@ -198,8 +203,8 @@ def collect(split: Split, pipe: StableDiffusionPipeline, judges: tuple[ManifoldJ
             first = split.first_seed + start
             prompts, labels = draw_prompts(count, split.prompts, torch.Generator().manual_seed(first))
             setting = split.settings[number % len(split.settings)]
-            with torch.autocast("cpu", torch.bfloat16, enabled=split.bfloat16):
-                trajectory, noisy, final = record_batch(pipe, prompts, list(range(first, first + count)), setting)
+            seeds = list(range(first, first + count))
+            trajectory, noisy, final = record_batch(pipe, prompts, seeds, setting, bfloat16=split.bfloat16)
             images = decode(pipe, final)
             margins = [judge.margin(images, labels) for judge in judges]
             replace(trajectory, label=(margins[0] > 0).float()).save(shard)
@@ -285,7 +290,7 @@ def load_pipeline() -> StableDiffusionPipeline:
     folder = work_folder() / "pipeline"
     if not folder.exists():
         return bundled_pipeline("fashion")[0]
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -39,7 +39,10 @@ class GeneratorRecipe:
     vae_steps: int = 1_500
     vae_batch: int = 64
     vae_lr: float = 1.5e-3
-    denoiser_steps: int = 4_500
+    denoiser_steps: int = 2_800
+    denoiser_schedule: int = (
+        4_500  # steps of the learning rate's cosine; the weights' running mean stands in for its tail
+    )
     denoiser_batch: int = 128
     denoiser_lr: float = 4e-4
     ema_decay: float = 0.999
@@ -214,7 +217,7 @@ def train_denoiser(recipe: GeneratorRecipe, vae: AutoencoderKL) -> Path:
         for step in range(start, recipe.denoiser_steps):
             generator = step_generator(recipe.seed + 1, step)
             for group in optimizer.param_groups:
-                group["lr"] = recipe.denoiser_lr * _warm_cosine(step, recipe.denoiser_steps, warmup=300)
+                group["lr"] = recipe.denoiser_lr * _warm_cosine(step, recipe.denoiser_schedule, warmup=300)
             rows = torch.randint(len(latents), (recipe.denoiser_batch,), generator=generator)
             x0, labels = latents[rows], data.labels[rows]
             input_ids = tokens[labels, torch.randint(tokens.shape[1], (len(rows),), generator=generator)]

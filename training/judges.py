@@ -33,9 +33,9 @@ class JudgeRecipe:
 
     name: str
     seed: int
-    width: int = 24
+    width: int = 20
     feature_dim: int = 64
-    steps: int = 1_200
+    steps: int = 1_000
     batch: int = 128
     lr: float = 2e-3
     reference_per_class: int = 1_500
@@ -44,7 +44,7 @@ class JudgeRecipe:
 
 
 FIRST = JudgeRecipe(name="first", seed=10)
-SECOND = JudgeRecipe(name="second", seed=20, width=20)
+SECOND = JudgeRecipe(name="second", seed=20, width=16)
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:

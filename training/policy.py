@@ -48,7 +48,9 @@ def apply_rule(run: Run, statistic: np.ndarray, threshold: float) -> Outcome:
     An abort at the last step saves nothing: it counts as ``rejected``, outside ``recall`` and ``false_abort_rate``.
     """
     column = (statistic < np.float32(threshold)).sum(axis=1)  # it never falls, see moe_artifacts.decision.abort_step
-    return outcome(run, np.where(column <= run.last_saving, column, len(run.calls)), rejected=column > run.last_saving)
+    never = len(run.calls)
+    rejected = (column > run.last_saving) & (column < never)
+    return outcome(run, np.where(column <= run.last_saving, column, never), rejected)
 
 
 def outcome(run: Run, column: np.ndarray, rejected: np.ndarray | None = None) -> Outcome:

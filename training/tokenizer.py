@@ -19,7 +19,11 @@ def build_tokenizer(prompts: Iterable[str], folder: Path, max_length: int) -> CL
     alphabet = [*characters, *(c + "</w>" for c in characters)]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=600, end_of_word_suffix="</w>", show_progress=False, min_frequency=1)
+    # The alphabet as special tokens gives its signs fixed places: merges that are equally frequent go by those places, and
+    # would otherwise come in another order each time.
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, end_of_word_suffix="</w>", show_progress=False, min_frequency=1, special_tokens=alphabet
+    )
     tokenizer.train_from_iterator(prompts, trainer)
     merges = [tuple(m) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
     tokens = [*alphabet, *("".join(m) for m in merges), START, END]

@@ -43,7 +43,7 @@ class HeadRecipe:
     hidden_dim: int = 192
     expert_dim: int = 24
     dropout: float = 0.2
-    steps: int = 3_000
+    steps: int = 2_000
     batch: int = 512
     lr: float = 2e-3
     weight_decay: float = 0.05
@@ -247,7 +247,7 @@ def train_posterior(recipe: HeadRecipe, data: Embedded, validation: Embedded) ->
     stage.log.info("%s: best validation AUROC %.4f", recipe.name, best)
     with atomic_path(result) as temporary:  # in float16, as it is shipped
         save_file(
-            {k: v.half() for k, v in best_state.items()},
+            {k: v.half().contiguous() for k, v in best_state.items()},
             temporary,
             {"hidden_dim": str(recipe.hidden_dim), "auroc": str(best)},
         )

@@ -28,9 +28,7 @@ def bundled_pipeline(name: str = "fashion") -> tuple[Any, dict[str, Any]]:
 
     folder = _folder(name)
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            folder / "pipeline", torch_dtype=torch.float32, local_files_only=True
-        )
+        pipe = StableDiffusionPipeline.from_pretrained(folder / "pipeline", dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"the bundled pipeline {name!r} cannot be read, reinstall moe-artifacts: {error}"

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+
 from moe_artifacts.config import ThresholdConfig
 from moe_artifacts.trajectory import Trajectory, Verdict
 
@@ -27,7 +30,7 @@ class GuardedOutput:
     "drop" would have done.
     """
 
-    images: Any  # kept ones, in the order asked for, as ``output_type`` says; an empty list if none was kept
+    images: Any  # kept ones, in the order asked for, as ``output_type`` says
     kept_indices: list[int]  # place of each in the order asked for
     verdicts: list[Verdict]  # one per image asked for
     trajectory: Trajectory
@@ -63,6 +66,18 @@ class GuardedOutput:
         else:
             saved, ending = self.steps_full - self.steps_run, "not run"
         return f"{len(self.verdicts)} images: {', '.join(parts)}; {saved} of {self.steps_full} denoiser steps {ending}"
+
+
+def no_images(output_type: str, latent_shape: tuple[int, ...], downsampling: int) -> Any:
+    """A batch of no images, of the type that ``output_type`` asks for, so that batches can be put together blindly."""
+    channels, height, width = latent_shape
+    if output_type == "latent":
+        return torch.empty(0, channels, height, width)
+    if output_type == "pt":
+        return torch.empty(0, 3, height * downsampling, width * downsampling)
+    if output_type == "np":
+        return np.empty((0, height * downsampling, width * downsampling, 3), dtype=np.float32)
+    return []
 
 
 def promise(rule: ThresholdConfig | None, setting: Setting) -> str:

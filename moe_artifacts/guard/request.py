@@ -30,6 +30,7 @@ class Request:
     seeds: list[int | None]  # one per image, where each has a generator of its own
     num_inference_steps: int | None  # None: the caller gave a grid of his own
     guidance_scale: float
+    output_type: str
 
 
 def denoiser_of(pipe: Any) -> nn.Module:
@@ -79,6 +80,7 @@ def read_request(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], promp
         seeds=_seeds(asked["generator"], batch_size),
         num_inference_steps=None if own_grid else asked["num_inference_steps"],
         guidance_scale=float(asked["guidance_scale"]),
+        output_type=asked["output_type"],
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_artifacts.config import ScorerConfig, ThresholdConfig
 from moe_artifacts.decision import Decider
-from moe_artifacts.guard.output import GuardedOutput, Setting
+from moe_artifacts.guard.output import GuardedOutput, Setting, no_images
 from moe_artifacts.guard.request import Request
 from moe_artifacts.guard.rows import LiveRows
 from moe_artifacts.guard.tap import TappedStep
@@ -51,6 +51,7 @@ class Watch:
             Verdict(i, "kept", None, math.nan, math.nan, self._prompts[i], request.seeds[i]) for i in range(size)
         ]
         self._num_steps = self._steps_run = 0
+        self._latent_shape: tuple[int, ...] = ()
         self._checks: list[int] = []
         self._steps: list[int] = []
         self._log_snr: list[float] = []
@@ -60,6 +61,7 @@ class Watch:
         """Which of the living rows go on after this step; None: all of them."""
         if step.index == 0:
             self._num_steps = step.num_steps
+            self._latent_shape = tuple(step.sample.shape[1:])
             self._checks = check_steps(step.levels, self._config)
         self._steps_run += len(self.rows)
         if step.index in self._checks and len(self._scored):
@@ -74,8 +76,8 @@ class Watch:
         request, size = self._request, self._request.batch_size
         setting = Setting(scheduler, request.num_inference_steps, request.guidance_scale, tuple(self._checks))
         return GuardedOutput(
-            images=[] if output is None else output.images,
-            kept_indices=[] if output is None else self.rows.alive.tolist(),
+            images=self._no_images() if output is None else output.images,
+            kept_indices=self.rows.alive.tolist(),
             verdicts=self._verdicts,
             trajectory=Trajectory(
                 prompts=self._prompts,
@@ -156,6 +158,9 @@ class Watch:
             self._session.keep(keep)
             if self._decider is not None:
                 self._decider.keep(keep)
+
+    def _no_images(self) -> Any:
+        return no_images(self._request.output_type, self._latent_shape, self._config.latent_space.downsampling)
 
     def _status(self, image: int) -> Status:
         return self._verdicts[image].status

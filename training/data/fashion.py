@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +42,17 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
         ValueError: If the header is not that of an idx file of bytes, or the file is cut short.
     """
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, OSError, zlib.error) as error:  # cut short, no gzip file, damaged
+            raise ValueError(f"{path} is not a whole gzip file: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path} is not an idx file of unsigned bytes: it starts with {raw[:4]!r}")
     rank = raw[3]
+    if len(raw) < 4 + 4 * rank:
+        raise ValueError(f"{path} ends within its header: is it truncated?")
     shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
     values = np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * rank)
     if values.size != int(np.prod(shape)):

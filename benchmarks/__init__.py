@@ -1,0 +1,1 @@
+"""``python -m benchmarks.<name>``: each prints one table and writes ``benchmarks/results/<name>.json``."""

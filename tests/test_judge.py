@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from unittest.mock import create_autospec
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import training.judges
+from moe_artifacts.errors import CheckpointError, InputError
+from moe_artifacts.judge import Classifier, ManifoldJudge, load_judge
+from training.data.fashion import LabelledImages
+from training.judges import JudgeRecipe, build_judge
+from training.workspace import Stage
+
+CLASSES, WIDTH, FEATURES, REFERENCES, NEIGHBOURS = 3, 4, 6, 40, 5
+METADATA = {
+    "classes": str(CLASSES),
+    "width": str(WIDTH),
+    "feature_dim": str(FEATURES),
+    "neighbours": str(NEIGHBOURS),
+}
+
+
+def make_judge() -> ManifoldJudge:
+    torch.manual_seed(0)
+    classifier = Classifier(CLASSES, WIDTH, FEATURES)
+    for module in classifier.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # as after training: away from mean 0 and variance 1
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2.0)
+    reference = torch.randn(CLASSES, REFERENCES, FEATURES)
+    return ManifoldJudge(classifier, reference, torch.tensor([0.1, -0.2, 0.7]), NEIGHBOURS)
+
+
+def make_images(count: int = 9) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(count, 3, 32, 32, generator=generator), torch.arange(count) % CLASSES
+
+
+def save(judge: ManifoldJudge, path: Path, **metadata: str) -> Path:
+    save_file(judge.tensors(), path, METADATA | metadata)
+    return path
+
+
+def test_the_margin_agrees_with_a_loop_over_the_references() -> None:
+    judge, (images, labels) = make_judge(), make_images()
+    margins = judge.margin(images, labels)
+    for image, label, margin in zip(images, labels.tolist(), margins.tolist(), strict=True):
+        with torch.no_grad():
+            point = judge.classifier.features(image[None])[0].tolist()
+        distances = sorted(math.dist(point, real) for real in judge.reference[label].tolist())
+        mean = sum(distances[:NEIGHBOURS]) / NEIGHBOURS
+        # float32; torch multiplies matrices for the distances to many references, which cancels a few more digits.
+        assert margin == pytest.approx(math.log(mean) - judge.log_threshold[label].item(), abs=1e-4)
+
+
+def test_an_image_at_the_threshold_is_at_the_border() -> None:
+    judge, (images, labels) = make_judge(), make_images()
+    margins = judge.margin(images[:1], labels[:1])
+    judge.log_threshold[0] += margins[0]
+    assert judge.margin(images[:1], labels[:1]).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_an_image_does_not_depend_on_its_batch_mates() -> None:
+    judge, (images, labels) = make_judge(), make_images()
+    order = torch.tensor([7, 2, 3, 8])
+    part = judge.margin(images[order], labels[order])
+    torch.testing.assert_close(part, judge.margin(images, labels)[order], atol=1e-4, rtol=0)  # another order of adding
+    spoilt = images.clone()
+    spoilt[0] = torch.nan
+    margins = judge.margin(spoilt, labels)
+    assert margins[0].isnan()
+    torch.testing.assert_close(margins[order], part, atol=1e-4, rtol=0)
+
+
+def test_colour_is_ignored() -> None:
+    judge, (images, labels) = make_judge(), make_images()
+    grey = images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+    torch.testing.assert_close(judge.margin(grey, labels), judge.margin(images, labels), atol=1e-4, rtol=0)
+
+
+def test_no_images_have_no_margins() -> None:
+    assert make_judge().margin(torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+@pytest.mark.parametrize("label", [-1, CLASSES])
+def test_labels_out_of_range_are_refused(label: int) -> None:
+    with pytest.raises(InputError, match=rf"labels must be in \[0, 2\], got {min(label, 0)} to {max(label, 0)}"):
+        make_judge().margin(torch.zeros(2, 3, 32, 32), torch.tensor([0, label]))
+
+
+def test_images_and_labels_of_different_number_are_refused() -> None:
+    with pytest.raises(InputError, match="as many, got 2 and 3"):
+        make_judge().margin(torch.zeros(2, 3, 32, 32), torch.zeros(3, dtype=torch.int64))
+
+
+def test_a_judge_from_its_file_judges_alike(tmp_path: Path) -> None:
+    judge, (images, labels) = make_judge(), make_images()
+    loaded = load_judge(save(judge, tmp_path / "judge.safetensors"))
+    assert not loaded.training and loaded.neighbours == NEIGHBOURS
+    assert {t.dtype for t in loaded.state_dict().values()} == {torch.float32, torch.int64}
+    assert torch.equal(loaded.log_threshold, judge.log_threshold)
+    # Weights and references are rounded to float16, 2^-11 of their size; distances are a few times that off.
+    torch.testing.assert_close(loaded.margin(images, labels), judge.margin(images, labels), atol=5e-3, rtol=0)
+    again = load_judge(save(loaded, tmp_path / "again.safetensors"))
+    assert torch.equal(again.margin(images, labels), loaded.margin(images, labels))  # nothing left to round
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    judge, path = make_judge(), tmp_path / "judge.safetensors"
+    whole = save(judge, path).read_bytes()
+    for content in (b"", whole[:4], whole[:-1], b"\x80\x04" + whole):  # the last would be a pickle
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"judge\.safetensors is not a readable judge"):
+            load_judge(path)
+
+
+def test_a_file_that_is_no_judge_is_named(tmp_path: Path) -> None:
+    judge, path = make_judge(), tmp_path / "judge.safetensors"
+    tensors = judge.tensors()
+    for key, metadata in itertools.product(["reference", "log_threshold", "classifier.head.weight"], [METADATA, None]):
+        save_file({k: v for k, v in tensors.items() if k != key}, path, metadata)
+        with pytest.raises(CheckpointError, match=r"judge\.safetensors is not a readable judge"):
+            load_judge(path)
+    for changed in ({"width": "5"}, {"feature_dim": "many"}):
+        with pytest.raises(CheckpointError, match=r"judge\.safetensors is not a readable judge"):
+            load_judge(save(judge, path, **changed))
+    with pytest.raises(CheckpointError, match=r"absent\.safetensors"):
+        load_judge(tmp_path / "absent.safetensors")
+
+
+def test_thresholds_leave_one_real_image_in_twenty_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+
+    def made_up(split: str) -> LabelledImages:
+        # 40 images a class: 20 of them, at even rows, set the threshold.
+        images = torch.randint(256, (400, 28, 28), generator=generator, dtype=torch.uint8)
+        return LabelledImages(images, torch.arange(400) // 40)
+
+    monkeypatch.setattr(training.judges, "load_fashion", made_up)
+    recipe = JudgeRecipe(name="tiny", seed=0, width=2, feature_dim=4, steps=2, batch=8, reference_per_class=6)
+    judge, report = build_judge(recipe, create_autospec(Stage, instance=True))
+    assert judge.reference.shape == (10, 6, 4)
+    # The 95th percentile of 20 numbers lies between the 19th and the last.
+    assert report["real_rate_threshold_half"] == pytest.approx(1 / 20)
+    by_class = report["real_rate_other_half_by_class"]
+    assert isinstance(by_class, list) and len(by_class) == 10
+    assert report["real_rate_other_half"] == pytest.approx(sum(by_class) / 10)
+
+
+def test_too_few_reference_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = LabelledImages(torch.zeros(60, 28, 28, dtype=torch.uint8), torch.arange(60) % 10)
+    monkeypatch.setattr(training.judges, "load_fashion", lambda split: few)
+    recipe = JudgeRecipe(name="tiny", seed=0, width=2, steps=2, batch=4, reference_per_class=50)
+    with pytest.raises(ValueError, match=r"class 0 has \d+ reference images, 50 are needed"):
+        build_judge(recipe, create_autospec(Stage, instance=True))

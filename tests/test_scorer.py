@@ -1,0 +1,204 @@
+"""The scorer: one step at a time, whole trajectories, and its file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from scorers import tiny_config, tiny_scorer
+
+from moe_artifacts.accumulator import Accumulated
+from moe_artifacts.config import FeatureConfig, PreviewConfig
+from moe_artifacts.errors import CheckpointError, ConfigError, InputError, LatentSpaceError
+from moe_artifacts.preview import VaePreview
+from moe_artifacts.scorer import ArtifactScorer, step_features
+from moe_artifacts.trajectory import Trajectory
+
+LOG_SNRS = (-4.0, -1.0, 2.5, 6.0)
+PROMPTS = ["a coat", "a bag", "a coat", "a boot", "a shirt"]
+SCORES = ("artifact_prob", "exit_prob", "exit_cdf", "cumulative_artifact_prob", "cumulative_clean_prob")
+
+
+def latents(seed: int = 0, batch: int = 5) -> torch.Tensor:
+    """[batch step channel height width]"""
+    return torch.randn(batch, len(LOG_SNRS), 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def trajectory(x0: torch.Tensor) -> Trajectory:
+    return Trajectory(
+        prompts=PROMPTS[: len(x0)],
+        seeds=list(range(len(x0))),
+        step=[1, 3, 6, 9],
+        log_snr=torch.tensor(LOG_SNRS),
+        scores={},
+        num_steps=10,
+        x0=x0,
+        latents=x0.flip(0),
+    )
+
+
+@pytest.mark.parametrize("use_noisy", [False, True])
+def test_steps_one_by_one_equal_the_whole_trajectory(use_noisy):
+    scorer, x0 = tiny_scorer(use_noisy=use_noisy), latents()
+    whole = scorer.score(trajectory(x0)).scores
+    session = scorer.session(5, PROMPTS)
+    for t, log_snr in enumerate(LOG_SNRS):
+        score = session.step(x0=x0[:, t], log_snr=log_snr, latents=x0.flip(0)[:, t] if use_noisy else None)
+        for name in SCORES:  # float32 sums in another order
+            torch.testing.assert_close(getattr(score, name), whole[name][:, t], atol=1e-5, rtol=1e-4)
+        assert score.gate_weights.sum(dim=-1).tolist() == pytest.approx([1.0] * 5, abs=1e-6)
+        assert score.finite.all()
+
+
+def test_rows_that_leave_do_not_change_the_others():
+    scorer, x0 = tiny_scorer(), latents()
+    whole = scorer.score(trajectory(x0)).scores["cumulative_artifact_prob"]
+    session, alive = scorer.session(5, PROMPTS), torch.arange(5)
+    for t, log_snr in enumerate(LOG_SNRS):
+        score = session.step(x0=x0[alive, t], log_snr=log_snr)
+        torch.testing.assert_close(score.cumulative_artifact_prob, whole[alive, t], atol=1e-5, rtol=1e-4)
+        keep = torch.arange(len(alive))[1:] if t % 2 == 0 else torch.arange(len(alive))[::2]
+        session.keep(keep)
+        alive = alive[keep]
+    assert len(alive) >= 1
+
+
+def test_a_score_does_not_depend_on_batch_mates():
+    scorer, x0 = tiny_scorer(), latents()
+    together = scorer.score(trajectory(x0)).scores["artifact_prob"]
+    alone = scorer.score(trajectory(x0[:1])).scores["artifact_prob"]
+    torch.testing.assert_close(together[:1], alone, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_row_is_nan_from_then_on_and_its_neighbours_are_untouched(bad):
+    scorer, x0 = tiny_scorer(), latents()
+    expected = scorer.score(trajectory(x0)).scores["cumulative_artifact_prob"]
+    x0[2, 1, 0, 0, 0] = bad
+    whole = scorer.score(trajectory(x0)).scores["cumulative_artifact_prob"]
+    session = scorer.session(5, PROMPTS)
+    for t, log_snr in enumerate(LOG_SNRS):
+        score = session.step(x0=x0[:, t], log_snr=log_snr)
+        assert score.finite.tolist() == [True, True, t < 1, True, True]
+        assert score.cumulative_artifact_prob[2].isnan() == (t >= 1)
+        others = [0, 1, 3, 4]
+        torch.testing.assert_close(score.cumulative_artifact_prob[others], expected[others, t], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(whole[others, t], expected[others, t], atol=1e-5, rtol=1e-4)
+    assert whole[2].isnan().tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_latents_of_any_float_type_are_scored_in_float32(dtype):
+    scorer, x0 = tiny_scorer(), latents().half().to(dtype)
+    score = scorer.session(5, PROMPTS).step(x0=x0[:, 0], log_snr=-4.0)
+    same = scorer.session(5, PROMPTS).step(x0=x0[:, 0].float(), log_snr=-4.0)
+    assert score.artifact_prob.dtype == torch.float32
+    torch.testing.assert_close(score.artifact_prob, same.artifact_prob)
+
+
+def test_noise_levels_outside_the_range_are_clamped():
+    scorer, x0 = tiny_scorer(), latents()
+    below = scorer.session(5, PROMPTS).step(x0=x0[:, 0], log_snr=-50.0)
+    at = scorer.session(5, PROMPTS).step(x0=x0[:, 0], log_snr=-5.0)
+    torch.testing.assert_close(below.artifact_prob, at.artifact_prob)
+    assert below.exit_prob.tolist() == [0.0] * 5  # no progress made, so nothing can be decided
+
+
+def test_the_prompt_changes_the_score_and_is_only_read_where_the_config_says_so():
+    scorer, x0 = tiny_scorer(), latents()[:, 0]
+    one = scorer.session(5, ["a coat"] * 5).step(x0=x0, log_snr=0.0).artifact_prob
+    two = scorer.session(5, ["a handbag"] * 5).step(x0=x0, log_snr=0.0).artifact_prob
+    assert not torch.allclose(one, two)
+    blind = tiny_scorer(use_prompt=False)
+    assert blind.session(5).step(x0=x0, log_snr=0.0).artifact_prob.isfinite().all()
+
+
+def test_the_change_is_per_unit_of_progress():
+    config = FeatureConfig(embed_dim=2, use_prompt=False)
+    now, before = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    features = step_features(config, now, before, torch.tensor([[0.5]]))
+    assert features.tolist() == [[1.0, 0.0, 2.0, -2.0]]
+    assert step_features(config, now, now, torch.tensor([[0.5]])).tolist() == [[1.0, 0.0, 0.0, 0.0]]
+
+
+def test_what_cannot_be_scored_is_refused():
+    scorer, x0 = tiny_scorer(), latents()[:, 0]
+    with pytest.raises(InputError, match="pass prompts"):
+        scorer.session(5)
+    with pytest.raises(InputError, match="one per image, 5, got 2"):
+        scorer.session(5, ["a", "b"])
+    session = scorer.session(5, PROMPTS)
+    with pytest.raises(LatentSpaceError, match=r"4, height, width.*\(5, 16, 8, 8\)"):
+        session.step(x0=torch.zeros(5, 16, 8, 8), log_snr=0.0)
+    with pytest.raises(InputError, match="5 rows, the living images, got 3"):
+        session.step(x0=x0[:3], log_snr=0.0)
+    with pytest.raises(InputError, match="pass latents"):
+        tiny_scorer(use_noisy=True).session(5, PROMPTS).step(x0=x0, log_snr=0.0)
+    recorded = trajectory(latents())
+    with pytest.raises(InputError, match="holds no x0"):
+        scorer.score(dataclasses.replace(recorded, x0=None))
+
+
+def test_a_saved_scorer_is_the_same_scorer(tmp_path):
+    scorer, x0 = tiny_scorer(), latents()
+    scorer.save_pretrained(tmp_path / "scorer")
+    again = ArtifactScorer.from_pretrained(tmp_path / "scorer")
+    assert again.config == scorer.config
+    before, after = (s.score(trajectory(x0)).scores["cumulative_artifact_prob"] for s in (scorer, again))
+    assert torch.equal(before, after)
+    assert sorted(p.name for p in (tmp_path / "scorer").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_float16_files_are_half_the_size_and_nearly_the_same(tmp_path):
+    scorer, x0 = tiny_scorer(), latents()
+    scorer.save_pretrained(tmp_path / "full")
+    scorer.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    half = ArtifactScorer.from_pretrained(tmp_path / "half")
+    before, after = (s.score(trajectory(x0)).scores["artifact_prob"] for s in (scorer, half))
+    torch.testing.assert_close(before, after, atol=5e-3, rtol=0)  # ten bits of mantissa through a few layers
+
+
+def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path):
+    tiny_scorer().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["experts"]["hidden_dim"] = config["exit_head"]["state_dim"] = 20
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="expected"):
+        ArtifactScorer.from_pretrained(tmp_path)
+
+
+def test_a_preview_of_the_users_own_is_asked_for_and_not_stored(tmp_path):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        latent_channels=4,
+    ).eval()
+    config = tiny_config(preview=PreviewConfig(kind="vae", channels=4))
+    with pytest.raises(ConfigError, match="pass preview="):
+        ArtifactScorer(config)
+    scorer = ArtifactScorer(config, VaePreview(vae))
+    scorer.save_pretrained(tmp_path)
+    again = ArtifactScorer.from_pretrained(tmp_path, preview=VaePreview(vae))
+    x0 = latents()[:, 0]
+    scores = [s.session(5, PROMPTS).step(x0=x0, log_snr=0.0).artifact_prob for s in (scorer, again)]
+    assert torch.equal(*scores)
+    with pytest.raises(ConfigError, match="leave preview out"):
+        ArtifactScorer(tiny_config(), VaePreview(vae))
+
+
+def test_scores_are_sums_of_the_exit_distribution():
+    scores = tiny_scorer().score(trajectory(latents())).scores
+    total = scores["cumulative_artifact_prob"] + scores["cumulative_clean_prob"] + 1 - scores["exit_cdf"]
+    torch.testing.assert_close(total, torch.ones_like(total), atol=1e-5, rtol=0)
+    assert (scores["cumulative_artifact_prob"].diff(dim=1) >= 0).all()
+    assert {f.name for f in dataclasses.fields(Accumulated)} >= set(SCORES) - {"artifact_prob"}
