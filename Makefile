@@ -14,8 +14,6 @@ export OMP_WAIT_POLICY := PASSIVE
 SHAPE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,noise preview embedder experts gate accumulator decision \
 	calibration scorer trajectory)))
 
-STAGES := generator judges collect clip train calibrate evaluate
-
 demo: setup ## the main job on the bundled pipeline: pictures, curves and numbers in demo-out
 	$(BIN)/moe-artifacts demo --out demo-out
 
@@ -51,9 +49,14 @@ types: setup
 shapes: setup
 	$(BIN)/python -m pytest -q --jaxtyping-packages=moe_artifacts,beartype.beartype -k "not refuse" $(SHAPE_TESTS)
 
-bench: setup
+bench: setup ## every table of the README
+	$(BIN)/python -m training.evaluate
+	$(BIN)/python -m training.evaluate --steps 12,25,50 --schedulers ddim,dpm,euler-a,unipc
 	$(BIN)/python -m benchmarks.compatibility --pipeline fashion
 	$(BIN)/python -m benchmarks.savings
+	$(BIN)/python -m benchmarks.guidance
+	$(BIN)/python -m benchmarks.readme
 
-train-bundled: setup ## the bundled default from scratch, about 4 hours; stages that are done are skipped
-	set -e; for stage in $(STAGES); do $(BIN)/python -m training.$$stage; done
+train-bundled: setup ## the bundled default from scratch, at most 4 hours on 2 cores; stages that are done are skipped
+	$(BIN)/python -m training.recipes bundled
+	$(BIN)/python -m training.show

@@ -18,9 +18,6 @@ from tests import tiny
 from tests.scorers import tiny_scorer
 from training.data.prompts import SYNONYMS
 
-# diffusers' own, in the schedulers that pass tensors to numpy.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 THRESHOLD = ThresholdConfig(
     rule="cumulative",
     threshold=0.02,

@@ -15,9 +15,6 @@ from moe_artifacts.errors import ConfigError, GuardStateError, InputError, Laten
 from moe_artifacts.guard.guard import ArtifactGuard
 from moe_artifacts.guard.output import Setting, promise
 
-# diffusers 0.42 hands a tensor to numpy in a way that numpy 2 announces to change.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 PROMPTS = ["a shoe", "a bag", "shirt", "coat"]
 ATOL = 1e-4  # float32 images: a smaller batch sums in another order
 

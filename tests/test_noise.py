@@ -23,9 +23,6 @@ from hypothesis import strategies as st
 from moe_artifacts.errors import InputError, UnsupportedPipelineError
 from moe_artifacts.noise import NoiseLevel, check_steps, noise_levels, predict_x0, progress, variance_preserving
 
-# diffusers 0.42 hands a tensor to numpy in a way that numpy 2 announces to change.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ALL = ("epsilon", "v_prediction", "sample")
 NO_SAMPLE = ("epsilon", "v_prediction")  # the others refuse prediction_type="sample" themselves

@@ -12,9 +12,6 @@ from benchmarks import compatibility
 from benchmarks.results import table, write_results
 from moe_artifacts.errors import InputError
 
-# diffusers 0.42 hands a tensor to numpy in a way that numpy 2 announces to change.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 def test_the_file_holds_the_rows_of_the_table_as_plain_json(tmp_path, capsys):
     rows = [

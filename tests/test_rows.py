@@ -10,9 +10,6 @@ from torch import nn
 from moe_artifacts.errors import GuardStateError, InputError
 from moe_artifacts.guard.rows import LiveRows, conditioning_follows
 
-# diffusers 0.42 hands a tensor to numpy in a way that numpy 2 announces to change.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 class Denoiser(nn.Module):
     """Keeps what it was called with."""

@@ -15,9 +15,6 @@ from moe_artifacts.guard.rows import LiveRows
 from moe_artifacts.guard.tap import AllRowsGone, SchedulerTap
 from moe_artifacts.noise import noise_levels, predict_x0
 
-# diffusers 0.42 hands a tensor to numpy in a way that numpy 2 announces to change.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 STEPS = 6
 
 

@@ -37,9 +37,6 @@ from training.collect import (
 from training.data.prompts import label_of
 from training.generator import build_scheduler
 
-# diffusers 0.42 hands a tensor to numpy in a way that numpy 2 announces to change.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 PROMPTS, SEEDS = ["a bag", "a coat", "a dress"], [11, 12, 13]
 
 
@@ -152,11 +149,12 @@ def test_going_through_all_schedulers_brings_the_first_one_back() -> None:
     pipe.scheduler = original
     for name in (*SCHEDULERS, "ddim"):
         set_scheduler(pipe, name)
-        assert type(pipe.scheduler) is SCHEDULERS[name]
-        assert pipe.scheduler.config.prediction_type == "v_prediction"
-        torch.testing.assert_close(pipe.scheduler.alphas_cumprod, original.alphas_cumprod)
+        found: Any = pipe.scheduler
+        assert type(found).__name__ == SCHEDULERS[name].__name__
+        assert found.config.prediction_type == "v_prediction"
+        torch.testing.assert_close(found.alphas_cumprod, original.alphas_cumprod)
     options = [key for key in original.config if not key.startswith("_")]
-    assert [pipe.scheduler.config[key] for key in options] == [original.config[key] for key in options]
+    assert [found.config[key] for key in options] == [original.config[key] for key in options]
 
 
 def test_decoded_images_are_in_range_whatever_the_batch() -> None:
