@@ -55,7 +55,8 @@ def write_results(
             "rows": plain,
         },
     )
-    print(table(plain))
+    for kind in dict.fromkeys(row.get("table") for row in plain):  # rows of several kinds have columns of their own
+        print(table([row for row in plain if row.get("table") == kind]))
     print(f"written to {path}")
     return path
 

@@ -210,7 +210,7 @@ class ArtifactScorer(nn.Module):
         embedding = self.embed(trajectory.x0.float().nan_to_num(0, 0, 0).flatten(0, 1)).unflatten(0, (batch, steps))
         noisy = None
         if noisy_needed and trajectory.latents is not None:
-            noisy = self.embed(trajectory.latents.float().flatten(0, 1))
+            noisy = self.embed(trajectory.latents.float().flatten(0, 1)).unflatten(0, (batch, steps))
         prob, mass, _ = self.score_embedded(
             embedding,
             trajectory.log_snr.float().expand(batch, -1),
@@ -227,7 +227,7 @@ class ArtifactScorer(nn.Module):
         embedding: Float[Tensor, "batch step embed"],
         log_snr: Float[Tensor, "batch step"],
         prompt: Embedding | None,
-        noisy: Embedding | None = None,
+        noisy: Float[Tensor, "batch step embed"] | None = None,
     ) -> tuple[StepProbs, Float[Tensor, "batch step"], Float[Tensor, "batch step hidden"]]:
         """Posterior, exit mass and mixed state of whole trajectories from cached embeddings."""
         batch, steps = log_snr.shape
@@ -237,7 +237,12 @@ class ArtifactScorer(nn.Module):
         if prompt is not None:
             prompt = prompt[:, None].expand(-1, steps, -1).flatten(0, 1)
         prob, state, _ = self.judge_step(
-            embedding.flatten(0, 1), previous.flatten(0, 1), log_snr.flatten(), (at - before).flatten(), prompt, noisy
+            embedding.flatten(0, 1),
+            previous.flatten(0, 1),
+            log_snr.flatten(),
+            (at - before).flatten(),
+            prompt,
+            None if noisy is None else noisy.flatten(0, 1),
         )
         state = state.unflatten(0, (batch, steps))
         previous_state = torch.cat([torch.zeros_like(state[:, :1]), state[:, :-1]], dim=1)

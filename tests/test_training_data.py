@@ -201,8 +201,9 @@ def test_needs_no_network_and_gives_the_same_tokens_again(
         raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    again = build_tokenizer(ALL_PROMPTS, tmp_path / "made", CONTEXT_LENGTH)
-    assert again.get_vocab() == tokenizer.get_vocab()
+    for number in range(5):  # the trainer's hash tables differ from one to the next
+        again = build_tokenizer(ALL_PROMPTS, tmp_path / str(number), CONTEXT_LENGTH)
+        assert again.get_vocab() == tokenizer.get_vocab()
     assert again(ALL_PROMPTS).input_ids == tokenizer(ALL_PROMPTS).input_ids
 
 

@@ -12,6 +12,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+
 from moe_artifacts.files import write_json
 from moe_artifacts.scorer import ArtifactScorer
 from training.collect import DEFAULT, LOG_SNR_RANGE, SPLITS
@@ -26,8 +29,6 @@ LIMIT_MB = 25
 
 def bundle() -> None:
     """Copy everything; the scorer in float16, with its provenance."""
-    import torch
-
     work = work_folder()
     shutil.copytree(work / "pipeline", BUNDLED / "pipeline", dirs_exist_ok=True)
     shutil.copyfile(work / "judges" / "first.safetensors", BUNDLED / "judge.safetensors")
@@ -45,6 +46,7 @@ def bundle() -> None:
         "data": "Fashion-MNIST (MIT licence), trajectories of the bundled pipeline",
         "trajectories": {split.name: split.count for split in SPLITS},
         "log_snr_range": list(LOG_SNR_RANGE),
+        "wise_ft": _metadata(work / "clip-wise-ft" / "embedder.safetensors"),  # mix, and SHA-256 of both parents
     }
     scorer.config = dataclasses.replace(scorer.config, provenance=provenance)
     scorer.save_pretrained(BUNDLED / "scorer", dtype=torch.float16)
@@ -60,6 +62,11 @@ def bundle() -> None:
     print(f"{BUNDLED}: {total:.1f} MB")
     if total > LIMIT_MB:
         raise SystemExit(f"the bundled default is over {LIMIT_MB} MB")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
 
 
 def main() -> None:

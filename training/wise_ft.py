@@ -34,7 +34,7 @@ def interpolate(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor
             continue
         if not (first.isfinite().all() and second.isfinite().all()):
             raise ValueError(f"{key} holds NaN or infinity")
-        if mix in (0, 1):  # lerp rounds even at its ends for some weights
+        if mix in (0, 1):  # lerp turns -0.0 into 0.0, and gives NaN where the difference overflows
             mixed[key] = (first if mix == 0 else second).clone()
         else:
             mixed[key] = torch.lerp(first.float(), second.float(), mix).to(first.dtype)
