@@ -86,3 +86,7 @@ def ancestor_score(path: Path, data: Recorded) -> np.ndarray:
     for name, module in (("clip.", clip), ("net.", net)):
         module.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
     return (net(embed_noisy(clip, data)) / 5).clamp(0, 1).numpy()
+
+
+if __name__ == "__main__":
+    print(train_ancestor())

@@ -48,7 +48,8 @@ def bundle() -> None:
         "log_snr_range": list(LOG_SNR_RANGE),
         "wise_ft": _metadata(work / "clip-wise-ft" / "embedder.safetensors"),  # mix, and SHA-256 of both parents
     }
-    scorer.config = dataclasses.replace(scorer.config, provenance=provenance)
+    embedder = dataclasses.replace(scorer.config.embedder, weights_sha256=scorer.embedder.weights_sha256())
+    scorer.config = dataclasses.replace(scorer.config, embedder=embedder, provenance=provenance)
     scorer.save_pretrained(BUNDLED / "scorer", dtype=torch.float16)
 
     WEIGHTS.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from moe_artifacts.files import atomic_path, write_json
 from moe_artifacts.scorer import ArtifactScorer
 from training.clip import EMBED_DIM, MODEL_CONFIG, NUM_CLASSES, PreviewClip, train_clip
 from training.collect import DEFAULT, LOG_SNR_RANGE, RECORD_SHARES, check_progress, load_pipeline
-from training.policy import Run, apply_rule, matched_threshold
+from training.policy import Run, apply_rule, cheapest_threshold
 from training.timing import check_cost
 from training.train import (
     FEATURES,
@@ -57,8 +57,8 @@ from training.workspace import Stage, work_folder
 
 MAX_RISK, CONFIDENCE = 0.05, 0.95
 ALL_CHECKS = tuple(range(len(RECORD_SHARES) + 1))
-# Columns of RECORD_SHARES: 14, 24, 34 and 50 %, and the end; then with more early ones; then all.
-CHECK_SETS = ((1, 3, 5, 7, 10), (1, 2, 3, 5, 7, 10), (0, 1, 3, 5, 7, 10), ALL_CHECKS)
+# Columns of RECORD_SHARES: 14, 24, 34 and 50 %, and the end; then with one more at 20 %, or at 6 %.
+CHECK_SETS = ((1, 3, 5, 7, 10), (1, 2, 3, 5, 7, 10), (0, 1, 3, 5, 7, 10))
 PRICE_FACTORS = (1.0, 1.25, 1.5)
 LABEL = "the finished image is farther from the real images of its class than 95 % of held-out real images"
 PROMPT_MIX = "prompts of the ten Fashion-MNIST classes"
@@ -118,38 +118,35 @@ def candidates(price: float, train: ExitData) -> list[Candidate]:
     return rules
 
 
-def cost_at_matched(candidate: Candidate, data: ExitData, run: Run) -> float:
-    """Cost per clean image with exactly ``MAX_RISK`` of these clean images aborted."""
-    statistic = statistic_of(candidate, data)
-    return apply_rule(run, statistic, matched_threshold(run, statistic, MAX_RISK)).cost_per_clean
+def cheapest(run: Run, statistic: np.ndarray) -> float:
+    """Lowest cost per clean image with at most ``MAX_RISK`` of these clean images aborted."""
+    return apply_rule(run, statistic, cheapest_threshold(run, statistic, MAX_RISK)).cost_per_clean
 
 
 def best_of_each(found: list[Candidate], data: ExitData, run: Run) -> dict[str, tuple[Candidate, float]]:
     """Per rule the free number with the lowest cost."""
     best: dict[str, tuple[Candidate, float]] = {}
     for candidate in found:
-        cost = cost_at_matched(candidate, data, run)
+        cost = cheapest(run, statistic_of(candidate, data))
         if candidate.name not in best or cost < best[candidate.name][1]:
             best[candidate.name] = (candidate, cost)
     return best
 
 
-def choose_default(best: dict[str, tuple[Candidate, float]], data: ExitData, run: Run, repeats: int = 300) -> str:
+def choose_default(best: dict[str, tuple[Candidate, float]], data: ExitData, run: Run, repeats: int = 100) -> str:
     """The cheapest rule; the cumulative one if its paired difference to it has an interval across zero."""
-    cheapest = min(best, key=lambda name: best[name][1])
-    if cheapest == "cumulative":
-        return cheapest
+    first = min(best, key=lambda name: best[name][1])
+    if first == "cumulative":
+        return first
     rng = np.random.default_rng(0)
-    statistics = [statistic_of(best[name][0], data) for name in ("cumulative", cheapest)]
+    statistics = [statistic_of(best[name][0], data) for name in ("cumulative", first)]
     differences = []
     for _ in range(repeats):
         rows = rng.integers(len(run.bad), size=len(run.bad))
         part = dataclasses.replace(run, bad=run.bad[rows])
-        costs = [
-            apply_rule(part, s[rows], matched_threshold(part, s[rows], MAX_RISK)).cost_per_clean for s in statistics
-        ]
+        costs = [cheapest(part, s[rows]) for s in statistics]
         differences.append(costs[0] - costs[1])
-    return "cumulative" if np.percentile(differences, 2.5) <= 0 else cheapest
+    return "cumulative" if np.percentile(differences, 2.5) <= 0 else first
 
 
 def build_scorer(
@@ -191,13 +188,17 @@ def build_scorer(
     return scorer.eval().requires_grad_(False)
 
 
-def certified(candidate: Candidate, data: ExitData, run: Run) -> ThresholdConfig:
-    """The rule with its threshold and where it comes from."""
+def certified(candidate: Candidate, floor: float, data: ExitData, run: Run) -> ThresholdConfig:
+    """The rule with its threshold and where it comes from.
+
+    ``floor`` is the threshold that was cheapest on validation. Where it is above the lowest certified one it is taken: the
+    promise holds for every higher threshold that does not come from the calibration trajectories.
+    """
     clean = statistic_of(candidate, data)[~run.bad, run.last_saving]
     found = certify_image_threshold(clean, MAX_RISK, CONFIDENCE)
     return dataclasses.replace(
         candidate.rule,
-        threshold=found.threshold,
+        threshold=max(found.threshold, floor),
         max_risk=found.max_risk,
         confidence=found.confidence,
         unit=found.unit,
@@ -234,11 +235,16 @@ def calibrate() -> Path:
         stage.log.info("checks %s: %s", checks, {name: round(value, 4) for name, (_, value) in found[checks].items()})
     checks = min(found, key=lambda c: min(value for _, value in found[c].values()))
     best, columns = found[checks], torch.tensor(checks)
-    default = choose_default(best, exit_data(heads, calibration, validation, columns), run_of(validation, checks, cost))
+    tuning, tuning_run = exit_data(heads, calibration, validation, columns), run_of(validation, checks, cost)
+    default = choose_default(best, tuning, tuning_run)
+    floors = {
+        name: cheapest_threshold(tuning_run, statistic_of(candidate, tuning), MAX_RISK)
+        for name, (candidate, _) in best.items()
+    }
     stage.log.info("checks %s, default rule %s", checks, default)
 
     data, run = exit_data(heads, calibration, held_out, columns), run_of(held_out, checks, cost)
-    thresholds = {name: certified(candidate, data, run) for name, (candidate, _) in best.items()}
+    thresholds = {name: certified(candidate, floors[name], data, run) for name, (candidate, _) in best.items()}
     write_json(
         work_folder() / "rules" / "rules.json",
         {

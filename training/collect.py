@@ -207,6 +207,10 @@ def collect(split: Split, pipe: StableDiffusionPipeline, judges: tuple[ManifoldJ
             trajectory, noisy, final = record_batch(pipe, prompts, seeds, setting, bfloat16=split.bfloat16)
             images = decode(pipe, final)
             margins = [judge.margin(images, labels) for judge in judges]
+            if not (margins[0].isfinite().all() and margins[1].isfinite().all()):
+                raise RuntimeError(
+                    f"{shard}: some finished images are not finite, hence neither clean nor bad; check the pipeline"
+                )
             replace(trajectory, label=(margins[0] > 0).float()).save(shard)
             with atomic_path(shard / "final.safetensors") as temporary:  # last: a shard without it is done again
                 save_file(

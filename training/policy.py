@@ -81,13 +81,19 @@ def outcome(run: Run, column: np.ndarray, rejected: np.ndarray | None = None) ->
 
 
 def perfect(run: Run, column: int) -> Outcome:
-    """Perfect knowledge at one check, paying for that check alone and knowing nothing before it."""
+    """Perfect knowledge at one check, free of charge, and none before it."""
     return outcome(Run(run.bad, run.calls, 0.0), np.where(run.bad, column, len(run.calls)))
 
 
 def matched_threshold(run: Run, statistic: np.ndarray, false_abort_rate: float) -> float:
-    """Lowest threshold at which at most that share of these clean images is aborted."""
+    """Lowest threshold at which at most that share, below 1, of these clean images is aborted."""
     clean = np.sort(statistic[~run.bad, run.last_saving].astype(np.float32))
     allowed = int(np.floor(false_abort_rate * len(clean)))
     order_statistic = clean[len(clean) - 1 - allowed]
     return float(np.nextafter(order_statistic, np.float32(np.inf)))
+
+
+def cheapest_threshold(run: Run, statistic: np.ndarray, false_abort_rate: float, tried: int = 40) -> float:
+    """Threshold with the lowest cost per clean image among those that abort at most that share of the clean images."""
+    thresholds = [matched_threshold(run, statistic, rate) for rate in np.linspace(0, false_abort_rate, tried + 1)[1:]]
+    return min(thresholds, key=lambda threshold: apply_rule(run, statistic, threshold).cost_per_clean)

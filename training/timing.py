@@ -20,8 +20,8 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def check_cost(pipe: Any, scorer: ArtifactScorer, batch: int = 8, guidance: bool = False, repeats: int = 40) -> float:
-    """Time of scoring one step of a batch, as a share of the denoiser call of that batch; the median of paired runs.
+def check_cost(pipe: Any, scorer: ArtifactScorer, batch: int = 24, guidance: bool = False, repeats: int = 40) -> float:
+    """Time of scoring one step of a batch (by default the demo's), as a share of its denoiser call; median of paired runs.
 
     Measured alternately, so that a machine that slows down slows both.
     """

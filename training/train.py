@@ -43,13 +43,13 @@ class HeadRecipe:
     hidden_dim: int = 192
     expert_dim: int = 24
     dropout: float = 0.2
-    steps: int = 2_000
+    steps: int = 800
     batch: int = 512
     lr: float = 2e-3
     weight_decay: float = 0.05
     margin_weight: float = 1.0
     expert_penalty: float = 0.1
-    patience: int = 6  # evaluations without a better validation AUROC before training stops
+    patience: int = 4  # evaluations without a better validation AUROC before training stops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +234,7 @@ def train_posterior(recipe: HeadRecipe, data: Embedded, validation: Embedded) ->
             nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
             optimizer.step()
             bar.update()
-            if (step + 1) % 250 == 0:
+            if (step + 1) % 100 == 0:
                 score = float(torch.tensor(posterior_auroc(heads, validation)).mean())
                 stage.track(step + 1, loss=loss.item(), auroc=score)
                 best, waited, best_state = (
