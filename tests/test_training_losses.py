@@ -17,23 +17,8 @@ from moe_artifacts.scorer import SMALLEST_STRIDE
 from training.ancestor import Ancestor, rating
 from training.clip import EMBED_DIM, MARGIN_SCALE, artifact_loss, draw_checks, multi_positive_loss
 from training.collect import LOG_SNR_RANGE, Recorded
-from training.train import (
-    MAIN,
-    Embedded,
-    ExitData,
-    ExitRecipe,
-    HeadRecipe,
-    Heads,
-    draw_subset,
-    economic_loss,
-    equal_single_width,
-    exit_data,
-    exit_masses,
-    palbert_loss,
-    sequence,
-    states_of,
-    train_exit,
-)
+from training.exit_head import ExitData, ExitRecipe, economic_loss, exit_data, exit_masses, palbert_loss, train_exit
+from training.train import MAIN, Embedded, HeadRecipe, Heads, draw_subset, equal_single_width, sequence, states_of
 
 NAN = math.nan
 SMALL = HeadRecipe(name="small", num_experts=3, hidden_dim=40, expert_dim=6)

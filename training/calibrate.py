@@ -34,23 +34,19 @@ from moe_artifacts.files import atomic_path, write_json
 from moe_artifacts.scorer import ArtifactScorer
 from training.clip import EMBED_DIM, MODEL_CONFIG, NUM_CLASSES, PreviewClip, train_clip
 from training.collect import DEFAULT, LOG_SNR_RANGE, RECORD_SHARES, check_progress, load_pipeline
+from training.exit_head import ExitData, ExitRecipe, exit_data, exit_masses, train_exit
 from training.policy import Run, apply_rule, cheapest_threshold
 from training.timing import check_cost
 from training.train import (
     FEATURES,
     MAIN,
     Embedded,
-    ExitData,
-    ExitRecipe,
     Heads,
     embed_split,
-    exit_data,
-    exit_masses,
     head_configs,
     load_heads,
     round_to_half,
     states_of,
-    train_exit,
     train_posterior,
 )
 from training.workspace import Stage, work_folder

@@ -1,4 +1,4 @@
-"""Experts, gate and exit head on cached embeddings: the posterior first, then the exit head with the posterior detached.
+"""Gate and experts on cached embeddings: the posterior. The exit head comes after it, in exit_head.py.
 
 ``python -m training.train`` writes ``heads/<name>.safetensors`` for the scorer and, with ``--ablations``, for every variant
 that the evaluation compares. Steps are dropped at random while training, so that one scorer serves any set of checks.
@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moe_artifacts.accumulator import ExitHead, exit_pdf, step_mass
-from moe_artifacts.calibration import Calibration
-from moe_artifacts.config import ExitHeadConfig, ExpertsConfig, FeatureConfig, GateConfig
+from moe_artifacts.config import ExpertsConfig, FeatureConfig, GateConfig
 from moe_artifacts.experts import Experts
 from moe_artifacts.files import atomic_path
 from moe_artifacts.gate import Gate
@@ -50,22 +47,6 @@ class HeadRecipe:
     margin_weight: float = 1.0
     expert_penalty: float = 0.1
     patience: int = 4  # evaluations without a better validation AUROC before training stops
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExitRecipe:
-    """How an exit head is trained. ``price`` is mu in units of full runs, swept by the calibration stage."""
-
-    name: str
-    loss: Literal["economic", "palbert"] = "economic"
-    seed: int = 50
-    price: float = 1.3
-    weight: float = 3.0  # of the economic term
-    beta: float = 0.5  # of the KL term in PALBERT's loss
-    prior_rate: float = 2.1  # per unit of progress
-    steps: int = 800
-    batch: int = 1_024
-    lr: float = 1e-3
 
 
 FEATURES = FeatureConfig(embed_dim=EMBED_DIM)
@@ -287,80 +268,6 @@ def posterior_auroc(heads: Heads, data: Embedded) -> list[float]:
     return [auroc_within(logit[:, c].numpy(), bad, label) for c in range(len(checks))]
 
 
-def economic_loss(mass: Tensor, prob: Tensor, bad: Tensor, spent: Tensor, price: float) -> Tensor:
-    """- sum_{t <= A} p_t a_t [(1 - spent_t) - price (1 - y)]: what an early decision saves less what a lost clean image costs.
-
-    ``prob`` is detached; a step at which nothing is left to save takes no part (DESIGN.md section 3).
-    """
-    gain = (1 - spent) - price * (1 - bad)[:, None]
-    return -(exit_pdf(mass) * prob.detach() * torch.where(spent < 1, gain, 0.0)).sum(dim=-1).mean()
-
-
-def palbert_loss(mass: Tensor, prob: Tensor, bad: Tensor, prior_mass: Tensor, beta: float) -> Tensor:
-    """sum_t p_t BCE(a_t, y) + beta KL(p || prior), the last step taking what is left (PonderNet, PALBERT)."""
-    pdf = _forced(exit_pdf(mass))
-    prior = _forced(exit_pdf(prior_mass))
-    bce = F.binary_cross_entropy(prob.detach(), bad[:, None].expand_as(prob), reduction="none")
-    kl = (pdf * ((pdf + 1e-8).log() - (prior + 1e-8).log())).sum(dim=-1)
-    return ((pdf * bce).sum(dim=-1) + beta * kl).mean()
-
-
-def _forced(pdf: Tensor) -> Tensor:
-    """The distribution with all that is undecided put on the last step."""
-    return torch.cat([pdf[:, :-1], (1 - pdf[:, :-1].sum(dim=-1, keepdim=True)).clamp(min=0)], dim=-1)
-
-
-@dataclass(frozen=True)
-class ExitData:
-    """What the exit head is trained on, frozen: states, calibrated posteriors and strides of every image and check."""
-
-    state: Tensor  # [image check hidden]
-    prob: Tensor  # [image check]
-    log_snr: Tensor  # [image check], NaN: no such check
-    spent: Tensor
-    bad: Tensor
-
-    def at(self, rows: Tensor, checks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """State, state before, progress and progress before, at a subset of checks."""
-        state, log_snr = self.state[rows][:, checks], self.log_snr[rows][:, checks]
-        previous = torch.cat([torch.zeros_like(state[:, :1]), state[:, :-1]], dim=1)
-        at = noise_progress(log_snr.nan_to_num(LOG_SNR_RANGE[0]), LOG_SNR_RANGE)
-        before = torch.cat([torch.zeros_like(at[:, :1]), at[:, :-1]], dim=1)
-        return state, previous, at, torch.where(log_snr.isnan(), at, before)  # no stride, hence no mass, where missing
-
-
-def exit_data(heads: Heads, calibration: Calibration, data: Embedded, checks: Tensor) -> ExitData:
-    """States and calibrated posteriors of a split at ``checks``."""
-    logit, state = states_of(heads, data, checks)
-    log_snr = data.log_snr[:, checks]
-    prob = calibration(logit, log_snr.nan_to_num(LOG_SNR_RANGE[0]))
-    return ExitData(state, torch.where(log_snr.isnan(), 0.0, prob), log_snr, data.spent[:, checks], data.bad)
-
-
-def train_exit(recipe: ExitRecipe, data: ExitData) -> ExitHead:
-    """The exit head on frozen states, at all checks half of the time and at random subsets of them."""
-    torch.manual_seed(recipe.seed)
-    head = ExitHead(ExitHeadConfig(state_dim=data.state.shape[-1]))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=1e-3)
-    for step in range(recipe.steps):
-        generator = step_generator(recipe.seed, step)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * min(1.0, (step + 1) / 50) * (1 - step / recipe.steps)
-        rows = torch.randint(len(data.bad), (recipe.batch,), generator=generator)
-        checks = draw_subset(generator, data.prob.shape[1])
-        state, previous, at, before = data.at(rows, checks)
-        mass = step_mass(head(state, previous), at, before)
-        prob, bad, spent = data.prob[rows][:, checks], data.bad[rows], data.spent[rows][:, checks]
-        if recipe.loss == "economic":
-            loss = recipe.weight * economic_loss(mass, prob, bad, spent, recipe.price)
-        else:
-            loss = palbert_loss(mass, prob, bad, recipe.prior_rate * (at - before).clamp(min=0), recipe.beta)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return round_to_half(head).eval()
-
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -371,16 +278,6 @@ def round_to_half(module: ModuleT) -> ModuleT:
             if value.is_floating_point():
                 value.copy_(value.half())
     return module
-
-
-@torch.no_grad()
-def exit_masses(head: ExitHead, data: ExitData) -> Tensor:
-    """Exit mass of every image and check."""
-    parts = []
-    for rows in torch.arange(len(data.bad)).split(4_000):
-        state, previous, at, before = data.at(rows, torch.arange(data.prob.shape[1]))
-        parts.append(step_mass(head(state, previous), at, before))
-    return torch.cat(parts)
 
 
 MAIN = HeadRecipe(name="soft-40")
