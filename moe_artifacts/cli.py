@@ -36,7 +36,7 @@ def demo(
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to generate, may be repeated.  [default: two prompts per class]")
     ] = None,
-    images: Annotated[int, typer.Option(help="How many images, shared out evenly over the prompts.")] = 24,
+    images: Annotated[int, typer.Option(help="How many images, shared out evenly over the prompts.")] = 48,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: as calibrated]")] = None,
     scheduler: Annotated[
         str | None,

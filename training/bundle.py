@@ -12,10 +12,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 
-from moe_artifacts.files import write_json
+from moe_artifacts.files import sha256_file, write_json
 from moe_artifacts.scorer import ArtifactScorer
 from training.collect import DEFAULT, LOG_SNR_RANGE, SPLITS
 from training.data.prompts import SYNONYMS
@@ -28,7 +27,7 @@ LIMIT_MB = 25
 
 
 def bundle() -> None:
-    """Copy everything; the scorer in float16, with its provenance."""
+    """Copy everything; the scorer with its provenance."""
     work = work_folder()
     shutil.copytree(work / "pipeline", BUNDLED / "pipeline", dirs_exist_ok=True)
     shutil.copyfile(work / "judges" / "first.safetensors", BUNDLED / "judge.safetensors")
@@ -46,11 +45,15 @@ def bundle() -> None:
         "data": "Fashion-MNIST (MIT licence), trajectories of the bundled pipeline",
         "trajectories": {split.name: split.count for split in SPLITS},
         "log_snr_range": list(LOG_SNR_RANGE),
-        "wise_ft": _metadata(work / "clip-wise-ft" / "embedder.safetensors"),  # mix, and SHA-256 of both parents
+        "wise_ft": {
+            **_metadata(work / "clip-wise-ft" / "embedder.safetensors"),
+            "pretrained_sha256": sha256_file(work / "clip-contrastive" / "contrastive.safetensors"),
+            "finetuned_sha256": sha256_file(work / "clip-finetune" / "finetuned.safetensors"),
+        },
     }
     embedder = dataclasses.replace(scorer.config.embedder, weights_sha256=scorer.embedder.weights_sha256())
     scorer.config = dataclasses.replace(scorer.config, embedder=embedder, provenance=provenance)
-    scorer.save_pretrained(BUNDLED / "scorer", dtype=torch.float16)
+    scorer.save_pretrained(BUNDLED / "scorer")  # float32: its thresholds were certified with these very weights
 
     WEIGHTS.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(work / "judges" / "second.safetensors", WEIGHTS / "judge-second.safetensors")
