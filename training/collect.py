@@ -234,7 +234,7 @@ class Recorded:
 
     x0: Tensor  # float16 [image check 4 8 8]
     log_snr: Tensor  # [image check], NaN where there is no such check
-    step: Tensor  # int64 [image check]
+    step: Tensor  # int64 [image check], -1 where there is no such check
     num_steps: Tensor  # int64 [image]
     prompts: list[str]
     label: Tensor  # int64 [image], the class asked for
@@ -270,7 +270,7 @@ def load_split(name: str, limit: int | None = None) -> Recorded:
         x0[:, width - checks :] = trajectory.x0
         log_snr = torch.full((width,), torch.nan)
         log_snr[width - checks :] = trajectory.log_snr
-        step = torch.zeros(width, dtype=torch.int64)
+        step = torch.full((width,), -1)  # no such check
         step[width - checks :] = torch.tensor(trajectory.step)
         prompts += trajectory.prompts
         for key, value in {
