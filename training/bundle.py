@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 from safetensors import safe_open
 
+from benchmarks.results import write_results
 from moe_artifacts.files import sha256_file, write_json
 from moe_artifacts.scorer import ArtifactScorer
 from training.collect import DEFAULT, LOG_SNR_RANGE, SPLITS
@@ -66,6 +68,18 @@ def bundle() -> None:
     print(f"{BUNDLED}: {total:.1f} MB")
     if total > LIMIT_MB:
         raise SystemExit(f"the bundled default is over {LIMIT_MB} MB")
+
+
+def write_training_log() -> None:
+    """The numbers that the stages logged on their way, as ``benchmarks/results/fashion_training.json``."""
+    rows = []
+    for name in ("vae", "denoiser", "judges", "clip-contrastive", "clip-finetune", "clip-wise-ft", "heads"):
+        for line in (work_folder() / name / "log.txt").read_text().splitlines():
+            if match := re.search(r" step (\d+)  (.+)$", line):
+                words = match[2].split()
+                values = {k: float(v) for k, v in zip(words[::2], words[1::2], strict=True)}
+                rows.append({"table": name, "step": int(match[1]), **values})
+    write_results("fashion_training", rows, seed=0)
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ import argparse
 import logging
 
 from training.ancestor import train_ancestor
-from training.bundle import bundle
+from training.bundle import bundle, write_training_log
 from training.calibrate import calibrate
 from training.clip import train_clip
 from training.collect import SPLITS, collect, load_judges, load_pipeline
@@ -35,6 +35,7 @@ def bundled() -> None:
     train_ancestor()
     calibrate()
     bundle()
+    write_training_log()
 
 
 RECIPES = {"bundled": bundled}

@@ -172,7 +172,7 @@ def sequence(data: Embedded, rows: Tensor, checks: Tensor) -> tuple[Tensor, Tens
 
 def draw_subset(generator: torch.Generator, count: int) -> Tensor:
     """Which checks to look at: all of them half of the time, else a random subset of at least three with the last."""
-    if torch.rand((), generator=generator) < 0.5:
+    if torch.rand((), generator=generator) < 0.5 or count <= 3:
         return torch.arange(count)
     size = int(torch.randint(3, count, (1,), generator=generator))
     chosen = torch.randperm(count - 1, generator=generator)[: size - 1].sort().values
