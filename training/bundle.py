@@ -90,6 +90,7 @@ def _metadata(path: Path) -> dict[str, str]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     bundle()
+    write_training_log()
 
 
 if __name__ == "__main__":
