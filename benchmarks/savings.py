@@ -105,8 +105,8 @@ def measure(batch: int, batches: int, seed: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--batches", type=int, default=25)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--batches", type=int, default=14)
     parser.add_argument("--seed", type=int, default=60_000_000)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -20,7 +20,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def check_cost(pipe: Any, scorer: ArtifactScorer, batch: int = 24, guidance: bool = False, repeats: int = 40) -> float:
+def check_cost(pipe: Any, scorer: ArtifactScorer, batch: int = 48, guidance: bool = False, repeats: int = 40) -> float:
     """Time of scoring one step of a batch (by default the demo's), as a share of its denoiser call; median of paired runs.
 
     Measured alternately, so that a machine that slows down slows both.
