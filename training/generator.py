@@ -121,9 +121,7 @@ def train_vae(recipe: GeneratorRecipe) -> Path:
     if result.exists():
         return result
     torch.manual_seed(recipe.seed)
-    torch.set_flush_denormal(
-        True
-    )  # the optimizer's second moments of idle weights sink into denormals: ten times slower
+    torch.set_flush_denormal(True)  # a precaution: denormals are slow on CPUs
     images = load_fashion("train").images
     vae = build_vae().to(memory_format=torch.channels_last)
     ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.995))
