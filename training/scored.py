@@ -14,7 +14,7 @@ from moe_artifacts.decision import path_statistic
 from moe_artifacts.noise import check_steps, noise_levels, progress
 from moe_artifacts.scorer import ArtifactScorer
 from training.collect import Recorded, Setting, Split, collect, load_judges, load_pipeline, load_split, set_scheduler
-from training.policy import Run
+from moe_artifacts.policy import Run
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Scored:
         return self.data.label.numpy()
 
     def run(self, check_cost: float) -> Run:
-        """For ``training.policy``."""
+        """For ``moe_artifacts.policy``."""
         return Run(self.bad, self.calls, check_cost)
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from training.calibrate import CONFIDENCE, MAX_RISK
 from training.collect import DEFAULT, RECORD_SHARES, SHIPPED_WEIGHTS, Recorded, load_judges
 from training.data.fashion import load_fashion, to_rgb
 from training.metrics import auroc, auroc_within, bootstrap
-from training.policy import Run, apply_rule, matched_threshold, perfect
+from moe_artifacts.policy import Run, apply_rule, matched_threshold, perfect
 from training.scored import Scored
 from training.train import ABLATIONS, embed_with, load_heads, posterior_auroc
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from training.metrics import auroc, auroc_within, bootstrap
-from training.policy import Run, apply_rule, matched_threshold, outcome, perfect
+from moe_artifacts.policy import Run, apply_rule, matched_threshold, outcome, perfect
 
 # --- measures --------------------------------------------------------------------------------------------------------
 
