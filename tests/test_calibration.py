@@ -7,144 +7,21 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_artifacts.accumulator import accumulate
 from moe_artifacts.calibration import (
     MIN_CLASS_WEIGHT,
     MIN_SCALE,
     Calibration,
     brier_score,
-    certify_image_threshold,
-    clopper_pearson,
     expected_calibration_error,
     fit_monotone,
     fit_scale_bias,
 )
-from moe_artifacts.config import ThresholdConfig
-from moe_artifacts.decision import abort_step, path_statistic
 from moe_artifacts.errors import CalibrationError, InputError
 
 RANGE = (-6.0, 8.0)
-
-
-# --- certified threshold ---------------------------------------------------------------------------------------------
-
-
-def test_false_abort_rate_is_kept_as_often_as_promised() -> None:
-    rng = np.random.default_rng(0)
-    # Clean statistics uniform on [0, 1]: the true false-abort rate of threshold q is 1 - q, so it needs no estimate.
-    draws = rng.random((10_000, 200), dtype=np.float32)
-    rates = np.array([1 - certify_image_threshold(s, max_risk=0.05, confidence=0.9).threshold for s in draws])
-    three_errors = 3 * np.sqrt(0.1 * 0.9 / 10_000)
-    assert (rates > 0.05).mean() <= 0.1 + three_errors  # sees an off-by-one
-    # And not cautious beyond need: with one allowed abort more, the promise is broken more often than allowed.
-    allowed = certify_image_threshold(draws[0], max_risk=0.05, confidence=0.9).allowed_aborts
-    one_more = 1 - np.sort(draws, axis=1)[:, 200 - 1 - (allowed + 1)]
-    assert (one_more > 0.05).mean() > 0.1 + three_errors
-
-
-@given(st.integers(1, 120), st.floats(0.02, 0.5), st.floats(0.5, 0.99))
-def test_the_allowed_aborts_are_the_most_whose_binomial_tail_keeps_the_promise(
-    num_clean: int, max_risk: float, confidence: float
-) -> None:
-    statistics = np.linspace(0, 0.9, num_clean)
-    tails = [reference.binomial_tail(k, num_clean, max_risk) for k in range(num_clean)]
-    assume(min(abs(tail - (1 - confidence)) for tail in tails) > 1e-9)  # an exact tie is left to rounding
-    allowed = sum(tail <= 1 - confidence for tail in tails) - 1
-    if allowed < 0:
-        with pytest.raises(CalibrationError):
-            certify_image_threshold(statistics, max_risk, confidence)
-        return
-    certified = certify_image_threshold(statistics, max_risk, confidence)
-    assert certified.allowed_aborts == allowed
-    assert (statistics.astype(np.float32) >= np.float32(certified.threshold)).sum() == allowed
-
-
-@given(st.lists(st.integers(0, 15).map(lambda n: n / 16), min_size=60, max_size=100))
-def test_ties_never_abort_more_than_allowed_and_torch_agrees(statistics: list[float]) -> None:
-    certified = certify_image_threshold(np.array(statistics), max_risk=0.1, confidence=0.9)
-    aborted = abort_step(torch.tensor(statistics)[:, None], certified.threshold) == 0
-    assert aborted.sum() <= certified.allowed_aborts
-    below = np.nextafter(np.float32(certified.threshold), np.float32(0))  # one float32 lower would be too many
-    if below >= np.finfo(np.float32).tiny:
-        assert (abort_step(torch.tensor(statistics)[:, None], float(below)) == 0).sum() > certified.allowed_aborts
-
-
-def test_a_statistic_of_zero_gives_a_threshold_that_is_not_subnormal() -> None:
-    threshold = certify_image_threshold(np.zeros(59), max_risk=0.05, confidence=0.95).threshold
-    assert threshold == np.finfo(np.float32).tiny
-
-
-@pytest.mark.parametrize(
-    ("max_risk", "confidence", "needed"), [(0.05, 0.95, 59), (0.1, 0.9, 22), (0.05, 0.9, 45), (0.01, 0.95, 299)]
-)
-def test_too_few_images_are_told_how_many_are_needed(max_risk: float, confidence: float, needed: int) -> None:
-    statistics = np.linspace(0, 0.5, needed)
-    assert certify_image_threshold(statistics, max_risk, confidence).allowed_aborts == 0
-    with pytest.raises(CalibrationError, match=f"needs at least {needed} clean images, got {needed - 1}"):
-        certify_image_threshold(statistics[1:], max_risk, confidence)
-
-
-def test_images_at_one_may_be_aborted_only_if_so_many_are_allowed() -> None:
-    largest_below_one = np.nextafter(np.float32(1), np.float32(0))
-    statistics = np.full(200, largest_below_one)
-    allowed = certify_image_threshold(statistics, max_risk=0.05, confidence=0.9).allowed_aborts
-    statistics[:allowed] = 1
-    certified = certify_image_threshold(statistics, max_risk=0.05, confidence=0.9)
-    assert certified.threshold == 1.0
-    ThresholdConfig(rule="posterior", threshold=certified.threshold)  # and a config takes it
-    statistics[allowed] = 1
-    with pytest.raises(CalibrationError, match=f"{allowed + 1} of 200 clean images reach the statistic 1"):
-        certify_image_threshold(statistics, max_risk=0.05, confidence=0.9)
-
-
-@pytest.mark.parametrize(
-    ("statistics", "message"),
-    [
-        ([], "at least one number"),
-        ([0.1, math.nan], "statistics must hold finite numbers, got 1 that are not, of 2"),
-        ([0.1, math.inf], "finite"),
-        ([0.1, 1.5], r"statistics must be in \[0, 1\], got values from 0.1 to 1.5"),
-        ([-0.1, 0.5], r"in \[0, 1\]"),
-    ],
-)
-def test_bad_statistics_are_refused(statistics: list[float], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        certify_image_threshold(np.array(statistics), max_risk=0.05, confidence=0.95)
-
-
-@pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, 5.0, math.nan])
-def test_rates_outside_zero_and_one_are_refused(rate: float) -> None:
-    for name, other in (("max_risk", "confidence"), ("confidence", "max_risk")):
-        with pytest.raises(InputError, match=f"{name} must be between 0 and 1"):
-            certify_image_threshold(np.zeros(100), **{name: rate, other: 0.5})
-
-
-def test_a_certified_threshold_holds_for_the_rule_it_was_found_with() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rule = ThresholdConfig(rule="cumulative", threshold=1.0)
-    prob = torch.rand(40_300, 6, generator=generator)
-    acc = accumulate(prob, torch.rand(40_300, 6, generator=generator))
-    last = path_statistic(rule, prob, acc)[:, -1]
-    certified = certify_image_threshold(last[:300].numpy(), max_risk=0.05, confidence=0.99)
-    aborted = abort_step(path_statistic(rule, prob, acc), certified.threshold)[300:] < 6
-    assert aborted.float().mean() < 0.05  # broken for one draw in a hundred
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (10, 10), (50, 1_000)])
-def test_clopper_pearson_ends_where_the_binomial_tails_are_half_of_what_is_left(k: int, n: int) -> None:
-    low, high = clopper_pearson(k, n, confidence=0.9)
-    assert (1 - reference.binomial_tail(k - 1, n, low) if k else 0.05) == pytest.approx(0.05, abs=1e-9)
-    assert (reference.binomial_tail(k, n, high) if k < n else 0.05) == pytest.approx(0.05, abs=1e-9)
-    assert (low == 0) == (k == 0) and (high == 1) == (k == n)
-
-
-@pytest.mark.parametrize(("k", "n", "confidence"), [(3, 2, 0.9), (-1, 2, 0.9), (0, 0, 0.9), (1, 2, 1.0)])
-def test_clopper_pearson_refuses_what_is_no_count(k: int, n: int, confidence: float) -> None:
-    with pytest.raises(InputError):
-        clopper_pearson(k, n, confidence)
 
 
 # --- scale and bias --------------------------------------------------------------------------------------------------
@@ -345,7 +222,6 @@ def test_the_monotone_map_repairs_a_statistic_that_is_no_probability() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: certify_image_threshold(np.full((1, 200), 0.1), 0.05, 0.95), r"one axis.*got shape \(1, 200\)"),
         (lambda: fit_scale_bias(np.zeros(2), np.zeros(2), np.zeros(3), RANGE), "equally long, got 2, 2, 3"),
         (lambda: Calibration(RANGE, num_bands=2).set(np.ones(3), np.zeros(2)), "scale must be 2 finite numbers"),
         (lambda: brier_score(np.zeros(1), np.zeros(2)), "prob and label must be equally long, got 1 and 2"),

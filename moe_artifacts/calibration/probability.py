@@ -1,22 +1,19 @@
-"""Logits to probabilities, and scores to thresholds that keep a promise.
+"""Logits to probabilities, and how well they fit.
 
-Scale and bias per log-SNR band: Platt scaling (Platt, 1999) with soft labels as sample weights. The certified threshold
-is an order statistic of the path statistics of clean held-out images: if k of n clean images lie above it, its true
-false-abort rate exceeds ``max_risk`` with probability P(Binomial(n, max_risk) <= k) at most. That is exact at every n,
-and holds where each image has its own independently drawn prompt; it was known as a tolerance limit (Wilks, 1941).
+Scale and bias per log-SNR band: Platt scaling (Platt, 1999) with soft labels as sample weights. A statistic that is no
+probability becomes one through a monotone map (isotonic regression).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Real
 from torch import Tensor, nn
 
+from moe_artifacts.calibration.checks import finite, pairs, unit_interval
 from moe_artifacts.errors import CalibrationError, InputError
 
 NUM_BANDS = 8
@@ -93,7 +90,7 @@ def fit_scale_bias(
         raise InputError(
             f"logits, labels and log_snr must be equally long, got {len(logits)}, {len(labels)}, {len(log_snr)}"
         )
-    logits, labels, log_snr = _finite("logits", logits), _unit_interval("labels", labels), _finite("log_snr", log_snr)
+    logits, labels, log_snr = finite("logits", logits), unit_interval("labels", labels), finite("log_snr", log_snr)
     artifacts, clean = labels.sum(), (1 - labels).sum()
     if min(artifacts, clean) < MIN_CLASS_WEIGHT:
         raise CalibrationError(
@@ -122,7 +119,7 @@ def fit_scale_bias(
 
 def brier_score(prob: Samples, label: Samples) -> float:
     """Mean squared difference between probability and label, both in [0, 1]."""
-    prob, label = _pairs(prob, label)
+    prob, label = pairs(prob, label)
     return float(np.square(prob - label).mean())
 
 
@@ -133,7 +130,7 @@ def expected_calibration_error(prob: Samples, label: Samples, bins: int = 15) ->
         >>> expected_calibration_error(np.array([0.25, 0.25, 0.75, 0.75]), np.array([0, 1, 1, 1]), bins=2)
         0.25
     """
-    prob, label = _pairs(prob, label)
+    prob, label = pairs(prob, label)
     which = np.minimum((prob * bins).astype(np.int64), bins - 1)
     return float(np.abs(np.bincount(which, weights=prob - label, minlength=bins)).sum() / len(prob))
 
@@ -157,118 +154,7 @@ def fit_monotone(statistic: Samples, labels: Samples) -> MonotoneMap:
     """
     from sklearn.isotonic import IsotonicRegression
 
-    statistic, labels = _pairs(statistic, labels, names=("statistic", "labels"))
+    statistic, labels = pairs(statistic, labels, names=("statistic", "labels"))
     edge = 1 / (len(labels) + 2)  # the rule of succession: no finite sample shows a probability of exactly 0 or 1
     model = IsotonicRegression(y_min=edge, y_max=1 - edge, out_of_bounds="clip").fit(statistic, labels)
     return MonotoneMap(statistics=model.X_thresholds_, probs=model.y_thresholds_)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CertifiedThreshold:
-    """P(false_abort_rate > max_risk) <= 1 - confidence, over the draw of the clean images it was found on."""
-
-    threshold: float
-    num_clean: int
-    allowed_aborts: int  # so many of the clean images may lie at or above the threshold
-    max_risk: float
-    confidence: float
-    unit: Literal["image"] = "image"
-
-
-def certify_image_threshold(
-    statistics: Float[np.ndarray, " image"], max_risk: float, confidence: float
-) -> CertifiedThreshold:
-    """Lowest threshold whose false-abort rate stays under ``max_risk`` with probability ``confidence``.
-
-    Args:
-        statistics: Path statistics of clean held-out images, each with its own independently drawn prompt, at the last
-            step at which an abort saves a call. In [0, 1]; compared as float32, as the guard does.
-        max_risk: Largest share of clean images that may be aborted, in (0, 1).
-        confidence: In (0, 1).
-    Returns:
-        A threshold in (0, 1], to be used with >=.
-    Raises:
-        InputError: If there are no statistics, or one is NaN or outside [0, 1], or a rate is outside (0, 1).
-        CalibrationError: If there are too few images, or so many statistics are exactly 1 that no threshold in [0, 1]
-            keeps the promise.
-    """
-    for name, rate in (("max_risk", max_risk), ("confidence", confidence)):
-        if not 0 < rate < 1:
-            raise InputError(f"{name} must be between 0 and 1, both excluded, got {rate!r}")
-    statistics = _unit_interval("statistics", statistics)
-    num_clean = len(statistics)
-    allowed = _allowed_aborts(num_clean, max_risk, confidence)
-    if allowed < 0:
-        needed = max(num_clean + 1, math.ceil(math.log(1 - confidence) / math.log(1 - max_risk)))  # max: rounding
-        raise CalibrationError(
-            f"max_risk={max_risk:g} at confidence={confidence:g} needs at least {needed} clean images, got {num_clean}"
-        )
-    single = np.sort(statistics.astype(np.float32))
-    order_statistic = single[num_clean - 1 - allowed]  # at most `allowed` images lie above it
-    if order_statistic == 1:
-        raise CalibrationError(
-            f"no threshold in [0, 1] keeps max_risk={max_risk:g}: {(single == 1).sum()} of {num_clean} clean images "
-            f"reach the statistic 1 and would be aborted by any, {allowed} are allowed; use a rule that does not saturate"
-        )
-    # nextafter in the scores' own float32: a float64 step up is lost when torch compares it with a float32 score. And
-    # never a subnormal number, which some devices read as 0, and 0 aborts everything.
-    threshold = max(np.nextafter(order_statistic, np.float32(np.inf)), np.finfo(np.float32).tiny)
-    return CertifiedThreshold(
-        threshold=float(threshold),
-        num_clean=num_clean,
-        allowed_aborts=allowed,
-        max_risk=max_risk,
-        confidence=confidence,
-    )
-
-
-def _allowed_aborts(num_clean: int, max_risk: float, confidence: float) -> int:
-    """Largest k with P(Binomial(num_clean, max_risk) <= k) <= 1 - confidence; -1 if there is none."""
-    from scipy.stats import binom
-
-    tail = binom.cdf(np.arange(num_clean), num_clean, max_risk)
-    return int(np.searchsorted(tail, 1 - confidence, side="right")) - 1
-
-
-def clopper_pearson(k: int, n: int, confidence: float) -> tuple[float, float]:
-    """Exact two-sided interval of a rate of which ``k`` out of ``n`` were seen (Clopper and Pearson, 1934).
-
-    Example:
-        >>> low, high = clopper_pearson(0, 59, 0.9)
-        >>> low, round(high, 4)
-        (0.0, 0.0495)
-    """
-    from scipy.stats import beta
-
-    if not (0 <= k <= n and n >= 1):
-        raise InputError(f"k must be between 0 and n, and n at least 1, got k={k!r}, n={n!r}")
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence must be between 0 and 1, both excluded, got {confidence!r}")
-    tail = (1 - confidence) / 2
-    low = 0.0 if k == 0 else float(beta.ppf(tail, k, n - k + 1))
-    high = 1.0 if k == n else float(beta.ppf(1 - tail, k + 1, n - k))
-    return low, high
-
-
-def _pairs(
-    first: np.ndarray, second: np.ndarray, names: tuple[str, str] = ("prob", "label")
-) -> tuple[np.ndarray, np.ndarray]:
-    if len(first) != len(second):
-        raise InputError(f"{names[0]} and {names[1]} must be equally long, got {len(first)} and {len(second)}")
-    return _unit_interval(names[0], first), _unit_interval(names[1], second)
-
-
-def _unit_interval(name: str, values: np.ndarray) -> np.ndarray:
-    values = _finite(name, values)
-    if values.min() < 0 or values.max() > 1:
-        raise InputError(f"{name} must be in [0, 1], got values from {values.min():g} to {values.max():g}")
-    return values
-
-
-def _finite(name: str, values: np.ndarray) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) == 0:
-        raise InputError(f"{name} must be an array of one axis with at least one number, got shape {values.shape}")
-    if bad := int((~np.isfinite(values)).sum()):
-        raise InputError(f"{name} must hold finite numbers, got {bad} that are not, of {len(values)}")
-    return values
