@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moe_artifacts.config import FORMAT_VERSION, ScorerConfig, from_dict, to_dict
+from moe_artifacts.config import FORMAT_VERSION, ConfigT, ScorerConfig, from_dict, to_dict
 from moe_artifacts.errors import CheckpointError, ConfigError, InputError
 from moe_artifacts.files import atomic_path, read_json, write_json
 
@@ -32,14 +32,23 @@ def save_checkpoint(folder: str | os.PathLike[str], config: ScorerConfig, state:
     Raises:
         CheckpointError: If a weight is not finite.
     """
+    save_state(Path(folder, WEIGHTS_NAME), state)
+    write_json(Path(folder, CONFIG_NAME), to_dict(config))
+
+
+def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write finite tensors to a safetensors file.
+
+    Raises:
+        CheckpointError: If one is not finite.
+    """
     _check_finite(state, "state")
     # safetensors refuses tensors that share memory or are strided, so each gets a copy of its own.
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
-    with atomic_path(Path(folder, WEIGHTS_NAME)) as temporary:
+    with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(Path(folder, CONFIG_NAME), to_dict(config))
 
 
 def load_checkpoint(
@@ -63,7 +72,7 @@ def load_checkpoint(
         ConfigError: If the config has unknown keys or values out of range, or is of a newer format.
     """
     folder = find_checkpoint(os.fspath(name_or_path), revision, cache_dir, local_files_only)
-    return _read_config(folder / CONFIG_NAME), _read_weights(folder / WEIGHTS_NAME)
+    return read_config(folder / CONFIG_NAME, ScorerConfig), read_weights(folder / WEIGHTS_NAME)
 
 
 def load_state_strict(module: nn.Module, state: Mapping[str, Tensor], name: str = "the checkpoint") -> None:
@@ -122,7 +131,13 @@ def _download(name: str, revision: str | None, cache_dir: str | None, local_file
     return Path(folder)
 
 
-def _read_config(path: Path) -> ScorerConfig:
+def read_config(path: Path, kind: type[ConfigT]) -> ConfigT:
+    """A checked config.
+
+    Raises:
+        CheckpointError: If the file is missing or no JSON.
+        ConfigError: If it has unknown keys or values out of range, or is of a newer format.
+    """
     try:
         values = read_json(path)
     except InputError as error:
@@ -133,10 +148,15 @@ def _read_config(path: Path) -> ScorerConfig:
         raise ConfigError(
             f"{path} has format_version {version}, this release reads {FORMAT_VERSION}; upgrade moe-artifacts"
         )
-    return from_dict(ScorerConfig, values, where=path.name)
+    return from_dict(kind, values, where=path.name)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Finite weights, floating tensors as ``dtype``, on the CPU.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged, or holds NaN or infinity.
+    """
     try:
         state = load_file(path, device="cpu")
     except FileNotFoundError as error:
@@ -147,7 +167,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             "read, whatever their name"
         ) from error
     _check_finite(state, str(path))
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
 def _check_finite(state: Mapping[str, Tensor], where: str) -> None:

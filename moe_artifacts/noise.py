@@ -18,7 +18,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from moe_artifacts.config import ScorerConfig
+from moe_artifacts.config import WatchedConfig
 from moe_artifacts.errors import InputError, UnsupportedPipelineError
 from moe_artifacts.shapes import Latents
 
@@ -149,8 +149,10 @@ def progress(log_snr: float | Tensor, log_snr_range: tuple[float, float]) -> flo
     return share.clamp(0, 1) if isinstance(share, Tensor) else min(max(share, 0.0), 1.0)
 
 
-def check_steps(levels: list[NoiseLevel], config: ScorerConfig) -> list[int]:
-    """The steps to score: the first at or past each value of ``config.check_progress``, and the last step.
+def check_steps(levels: list[NoiseLevel], config: WatchedConfig) -> list[int]:
+    """The steps to score: the first at or past each value of ``config.check_progress``, and the last step if it says so.
+
+    Where no step is past a value the last one is scored for it.
 
     Returns:
         Rising indices into ``levels``, without repetition; half-steps are never scored.
@@ -158,8 +160,11 @@ def check_steps(levels: list[NoiseLevel], config: ScorerConfig) -> list[int]:
     steps = [
         (i, progress(level.log_snr, config.log_snr_range)) for i, level in enumerate(levels) if not level.half_step
     ]
+    if config.check_progress is None:
+        return [i for i, _ in steps]
     last = steps[-1][0]
-    return sorted({next((i for i, u in steps if u >= check), last) for check in config.check_progress} | {last})
+    found = {next((i for i, u in steps if u >= check), last) for check in config.check_progress}
+    return sorted(found | {last} if config.checks_last else found)
 
 
 def _prediction_type(scheduler: Any) -> str:

@@ -27,7 +27,7 @@ class ArtifactGuard:
         threshold: The rule that decides; the scorer's own by default. A number is that threshold for the scorer's rule:
             it then promises nothing.
     Raises:
-        ConfigError: If there is no threshold to drop by, or one outside [0, 1].
+        ConfigError: If there is no threshold to drop by, or one outside [0, 1], or the scorer has not what its rule needs.
         InputError: If ``on_abort`` is neither "drop" nor "record".
     """
 
@@ -47,6 +47,11 @@ class ArtifactGuard:
                 f"on_abort='drop' needs a threshold and the scorer {scorer.config.name!r} has none; "
                 "give one, or use on_abort='record'"
             )
+        if self.rule is not None and self.rule.rule not in scorer.config.rules:
+            raise ConfigError(
+                f"the scorer {scorer.config.name!r} cannot decide by the {self.rule.rule} rule, only by: "
+                f"{', '.join(scorer.config.rules) or 'none, it is not calibrated'}"
+            )
 
     def __call__(self, pipe: Any, *args: Any, prompts: list[str] | None = None, **kwargs: Any) -> GuardedOutput:
         """Call ``pipe(*args, **kwargs)`` under watch.
@@ -65,7 +70,7 @@ class ArtifactGuard:
         denoiser = denoiser_of(pipe)
         check_latent_space(pipe, self.scorer.config.latent_space)
         request = read_request(pipe, args, kwargs, prompts)
-        if request.prompts is None and self.scorer.config.features.use_prompt:
+        if request.prompts is None and self.scorer.config.uses_prompt:
             raise InputError("this scorer looks at the prompt: give prompts=[...] beside prompt_embeds, one per row")
 
         watch = Watch(self.scorer, self.rule, request, drop=self.on_abort == "drop")

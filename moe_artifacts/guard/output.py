@@ -134,10 +134,10 @@ def _steps(numbers: list[int]) -> str:
     """Rising numbers in words.
 
     Example:
-        >>> _steps([9]), _steps([9, 17]), _steps([3, 9, 9, 17, 20, 21])
+        >>> _steps([9, 9]), _steps([9, 17]), _steps([3, 9, 9, 17, 20, 21])
         ('step 9', 'steps 9 and 17', 'steps 3 to 21')
     """
-    if len(numbers) == 1:
+    if numbers[0] == numbers[-1]:
         return f"step {numbers[0]}"
     if len(numbers) > 5:
         return f"steps {numbers[0]} to {numbers[-1]}"

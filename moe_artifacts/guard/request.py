@@ -6,6 +6,7 @@ tests/test_guard.py that compare the rows of a run that loses some with those of
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from dataclasses import dataclass
@@ -84,20 +85,30 @@ def read_request(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], promp
     )
 
 
+def latent_space_of(pipe: Any, name: str) -> LatentSpaceConfig:
+    """What makes the latents of a pipeline comparable with others.
+
+    Args:
+        name: For messages, e.g. "sd1".
+    """
+    config = pipe.vae.config
+    return LatentSpaceConfig(
+        name=name,
+        vae_class=type(pipe.vae).__name__,
+        channels=pipe.unet.config.in_channels,
+        scaling_factor=float(config.scaling_factor),
+        shift_factor=float(config.get("shift_factor") or 0.0),
+        downsampling=pipe.vae_scale_factor,
+    )
+
+
 def check_latent_space(pipe: Any, space: LatentSpaceConfig) -> None:
     """Refuse a pipeline whose latents mean something else than those the scorer was trained on.
 
     Raises:
         LatentSpaceError: Naming everything that differs.
     """
-    config = pipe.vae.config
-    found = {
-        "vae_class": type(pipe.vae).__name__,
-        "channels": pipe.unet.config.in_channels,
-        "scaling_factor": float(config.scaling_factor),
-        "shift_factor": float(config.get("shift_factor") or 0.0),
-        "downsampling": pipe.vae_scale_factor,
-    }
+    found = dataclasses.asdict(latent_space_of(pipe, space.name))
     differences = [
         f"{name} {value!r} instead of {getattr(space, name)!r}"
         for name, value in found.items()

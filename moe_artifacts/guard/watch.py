@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from moe_artifacts.config import ScorerConfig, ThresholdConfig
+from moe_artifacts.config import ThresholdConfig, WatchedConfig
 from moe_artifacts.decision import Decider
 from moe_artifacts.guard.output import GuardedOutput, Setting, no_images
 from moe_artifacts.guard.request import Request
 from moe_artifacts.guard.rows import LiveRows
 from moe_artifacts.guard.tap import TappedStep
-from moe_artifacts.noise import check_steps, variance_preserving
+from moe_artifacts.noise import check_steps, progress, variance_preserving
 from moe_artifacts.shapes import RowMask, Rows
 from moe_artifacts.trajectory import Status, Trajectory, Verdict
 
-SCORES = ("artifact_prob", "exit_prob", "exit_cdf", "cumulative_artifact_prob", "cumulative_clean_prob")
+PROBS = ("artifact_prob", "exit_prob", "exit_cdf", "cumulative_artifact_prob", "cumulative_clean_prob")
+SCORES = ("score", *PROBS)  # a scorer has the first, or the others, or both
 LOG_SNR_LIMIT = 40.0  # nats, beyond any float32 sample: flow matching starts at -inf, which no file can hold
 
 
+@runtime_checkable  # for `make shapes`
 class Scorer(Protocol):
-    """What the guard needs of a scorer; :class:`moe_artifacts.ArtifactScorer` has it."""
+    """What the guard needs of a scorer: an ``ArtifactScorer``, or a ``ScalarScorer`` around a function of one's own."""
 
     @property
-    def config(self) -> ScorerConfig: ...
+    def config(self) -> WatchedConfig: ...
 
     def session(self, batch_size: int, prompts: list[str] | None = None) -> Any: ...
 
@@ -99,15 +101,18 @@ class Watch:
     def _score(self, step: TappedStep) -> None:
         places = torch.searchsorted(self.rows.alive, self._scored)  # both rise
         log_snr = min(max(step.level.log_snr, -LOG_SNR_LIMIT), LOG_SNR_LIMIT)
-        noisy = variance_preserving(step.sample[places], step.level) if self._config.features.use_noisy else None
+        noisy = variance_preserving(step.sample[places], step.level) if self._config.uses_noisy else None
         with torch.no_grad():
             # Indexing copies: whatever the scorer does to its input, the run does not see it.
             score = self._session.step(x0=step.x0[places], log_snr=log_snr, latents=noisy)
-        found = {name: getattr(score, name).float().cpu() for name in SCORES}
-        finite = score.finite.cpu() & found["artifact_prob"].isfinite() & found["cumulative_artifact_prob"].isfinite()
+        given = {name: getattr(score, name, None) for name in SCORES}
+        found = {name: values.float().cpu() for name, values in given.items() if values is not None}
+        finite = score.finite.cpu()
+        for name in ("artifact_prob", "cumulative_artifact_prob"):
+            finite = finite & found[name].isfinite() if name in found else finite
         abort = clear = torch.zeros_like(finite)
         if self._decider is not None:
-            decision = self._decider.step(score)
+            decision = self._decider.step(score, progress(log_snr, self._config.log_snr_range))
             abort, clear = decision.abort.cpu(), decision.clear.cpu()
             found["statistic"] = decision.statistic.float().cpu()
 
@@ -132,11 +137,10 @@ class Watch:
             if not finite[k]:
                 self._settle(i, "error", step.index)
                 continue
-            self._verdicts[i] = dataclasses.replace(
-                self._verdicts[i],
-                artifact_prob=found["artifact_prob"][k].item(),
-                cumulative_artifact_prob=found["cumulative_artifact_prob"][k].item(),
-            )
+            seen = {
+                name: found[name][k].item() for name in ("artifact_prob", "cumulative_artifact_prob") if name in found
+            }
+            self._verdicts[i] = dataclasses.replace(self._verdicts[i], **seen)
             if abort[k]:
                 self._settle(i, "rejected" if step.is_last else "aborted", step.index)
             elif clear[k]:
