@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Quick tests through every stage, run once more with every annotated shape checked. Those that hand in wrong shapes on purpose
 # have "refuse" in their names, and are left out: the checker would be faster than our own errors.
 SHAPE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,noise preview embedder experts gate accumulator decision \
-	calibration scorer trajectory)))
+	calibration bounds certify economic policy scorer trajectory scalar_model scalar_posterior racing records calibrate)))
 
 demo: setup ## the main job on the bundled pipeline: pictures, curves and numbers in demo-out
 	$(BIN)/moe-artifacts demo --out demo-out
@@ -55,6 +55,11 @@ bench: setup ## every table of the README
 	$(BIN)/python -m benchmarks.compatibility --pipeline fashion
 	$(BIN)/python -m benchmarks.savings
 	$(BIN)/python -m benchmarks.guidance
+	$(BIN)/python -m benchmarks.certification
+	$(BIN)/python -m benchmarks.policy
+	$(BIN)/python -m benchmarks.siblings
+	$(BIN)/python -m benchmarks.best_of_n
+	$(BIN)/python -m benchmarks.scale_policy
 	$(BIN)/python -m benchmarks.readme
 
 train-bundled: setup ## the bundled default from scratch, at most 4 hours on 2 cores; stages that are done are skipped

@@ -1,44 +1,20 @@
-"""Fill the tables of README.md from ``benchmarks/results``: ``python -m benchmarks.readme``; ``--check`` only compares.
+"""Fill the tables of the pages from ``benchmarks/results``: ``python -m benchmarks.readme``; ``--check`` only compares.
 
-A table stands between ``<!-- name -->`` and ``<!-- /name -->``; nothing else of the page is touched.
+A table stands between ``<!-- name -->`` and ``<!-- /name -->``; nothing else of a page is touched.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from moe_artifacts.files import atomic_path, read_json
+from benchmarks import reward_tables
+from benchmarks.tables import interval, markdown, percent, rows_of, three
+from moe_artifacts.files import atomic_path
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-RESULTS = Path(__file__).parent / "results"
-Row = dict[str, Any]
-
-
-def _rows(name: str, **where: Any) -> list[Row]:
-    rows = read_json(RESULTS / f"{name}.json")["rows"]
-    return [row for row in rows if all(row.get(key) == value for key, value in where.items())]
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _interval(row: Row, name: str, form: Callable[[float], str]) -> str:
-    return f"{form(row[name])} ({form(row[name + '_low'])} to {form(row[name + '_high'])})"
-
-
-def _three(value: float) -> str:
-    return f"{value:.3f}"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "rewards.md")
 
 
 def quality() -> str:
@@ -47,16 +23,16 @@ def quality() -> str:
     rows = [
         [
             f"{row['share']:.0%}",
-            _interval(row, "auroc_within", _three),
-            _three(row["auroc_pooled"]),
-            _three(row["auroc_prompt_only"]),
-            _three(row["ece"]),
-            _three(row["ece_base_rate"]),
-            _three(row["brier"]),
+            interval(row, "auroc_within", three),
+            three(row["auroc_pooled"]),
+            three(row["auroc_prompt_only"]),
+            three(row["ece"]),
+            three(row["ece_base_rate"]),
+            three(row["brier"]),
         ]
-        for row in _rows("fashion", table="quality")
+        for row in rows_of("fashion", table="quality")
     ]
-    return _table(header, rows)
+    return markdown(header, rows)
 
 
 def rules() -> str:
@@ -65,29 +41,29 @@ def rules() -> str:
     rows = [
         [
             row["rule"] + (" (default)" if row.get("default") else ""),
-            _percent(row["false_abort_rate"]),
-            _percent(row["recall"]),
-            _percent(row["steps_saved"]),
-            f"{_percent(row['bad_rate'])} to {_percent(row['bad_left'])}",
-            _interval(row, "cost_per_clean", _percent),
+            percent(row["false_abort_rate"]),
+            percent(row["recall"]),
+            percent(row["steps_saved"]),
+            f"{percent(row['bad_rate'])} to {percent(row['bad_left'])}",
+            interval(row, "cost_per_clean", percent),
         ]
-        for row in _rows("fashion", table="rules", setting="deployed")
+        for row in rows_of("fashion", table="rules", setting="deployed")
     ]
-    ideal = _rows("fashion", table="rules", rule="perfect")[0]
+    ideal = rows_of("fashion", table="rules", rule="perfect")[0]
     knows = f"perfect knowledge after {ideal['first_check']} calls"
-    rows.append([knows, "0 %", "100 %", _percent(ideal["steps_saved"]), "", _percent(ideal["cost_per_clean"])])
-    return _table(header, rows)
+    rows.append([knows, "0 %", "100 %", percent(ideal["steps_saved"]), "", percent(ideal["cost_per_clean"])])
+    return markdown(header, rows)
 
 
 def mixture() -> str:
     """The mixture against its ablations, mean over seeds and shares."""
     rows = []
     for variant in ("soft", "hard", "single-head"):
-        found = _rows("fashion", table="mixture", variant=variant)
+        found = rows_of("fashion", table="mixture", variant=variant)
         values = [row["auroc_within"] for row in found]
         spread = f"{min(values):.4f} to {max(values):.4f}"
         rows.append([variant, f"{found[0]['parameters']:,}", f"{sum(values) / len(values):.4f}", spread])
-    return _table(["head", "parameters", "AUROC within class, mean of three seeds", "range over seeds"], rows)
+    return markdown(["head", "parameters", "AUROC within class, mean of three seeds", "range over seeds"], rows)
 
 
 def transfer() -> str:
@@ -97,15 +73,15 @@ def transfer() -> str:
         [
             row["scheduler"],
             str(row["steps"]),
-            _percent(row["bad_rate"]),
-            _three(row["auroc_within"]),
+            percent(row["bad_rate"]),
+            three(row["auroc_within"]),
             f"{row['auroc_drop']:+.3f}",
-            _interval(row, "false_abort_rate", _percent),
-            _percent(row["recall"]),
+            interval(row, "false_abort_rate", percent),
+            percent(row["recall"]),
         ]
-        for row in _rows("fashion_transfer")
+        for row in rows_of("fashion_transfer")
     ]
-    return _table(header, rows)
+    return markdown(header, rows)
 
 
 def guidance() -> str:
@@ -115,33 +91,35 @@ def guidance() -> str:
         [
             f"{row['guidance_scale']:g}",
             "yes" if row["guard"] else "no",
-            _percent(row["bad_rate"]),
-            _percent(row["coverage"]),
+            percent(row["bad_rate"]),
+            percent(row["coverage"]),
             f"{row['calls_per_clean']:.1f}",
         ]
-        for row in _rows("guidance")
+        for row in rows_of("guidance")
     ]
-    return _table(header, rows)
+    return markdown(header, rows)
 
 
 def savings() -> str:
     """Prices measured in one run for each batch size that was tried."""
-    rows = [row for name in ("savings_batch24", "savings", "savings_batch96") for row in _rows(name)]
-    return _table(
+    rows = [row for name in ("savings_batch24", "savings", "savings_batch96") for row in rows_of(name)]
+    return markdown(
         ["batch", "scoring, of denoising time", "steps saved", "wall clock per clean image"],
         [
             [
                 str(row["batch"]),
-                _percent(row["scoring_share"]),
-                _percent(row["steps_saved"]),
-                _interval(row, "wall_clock_per_clean", _percent),
+                percent(row["scoring_share"]),
+                percent(row["steps_saved"]),
+                interval(row, "wall_clock_per_clean", percent),
             ]
             for row in rows
         ],
     )
 
 
-TABLES = {table.__name__: table for table in (quality, rules, mixture, transfer, guidance, savings)}
+TABLES = {
+    table.__name__: table for table in (quality, rules, mixture, transfer, guidance, savings)
+} | reward_tables.TABLES
 
 
 def filled(text: str) -> str:
@@ -158,11 +136,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    if args.check:
-        raise SystemExit(0 if filled(text) == text else "README.md does not agree with benchmarks/results")
-    with atomic_path(README) as temporary:
-        temporary.write_text(filled(text), encoding="utf-8")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if args.check and filled(text) != text:
+            raise SystemExit(f"{page.name} does not agree with benchmarks/results")
+        if not args.check:
+            with atomic_path(page) as temporary:
+                temporary.write_text(filled(text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,16 @@ The way of one image, stage by stage; each stage is one file that can be used an
     gate.py         5  log-SNR and embedding -> mixture weights
     accumulator.py  6  mixed state -> posterior, exit distribution, cumulative artifact probability
     decision.py     7  continue, abort or clear
-    calibration.py  8  recorded runs -> certified thresholds
+    calibration/    8  recorded runs -> calibrated probabilities, certified thresholds, the economic boundary
 
     scorer.py       one step through stages 1 to 6
-    guard/          the scorer around a whole diffusers pipeline call
-    trajectory.py   the records and their files
+    scalar/         the same session on anybody's score: one number per image and step becomes a posterior
+    guard/          a scorer around a whole diffusers pipeline call
+    trajectory.py   the records and their files; recorded.py: as plain numbers, records.py record_files.py: from other files
+    policy.py       what a rule does to recorded runs: false aborts, steps saved, cost per clean image
+    racing/         best of N: a compute budget for the most promising candidates of a prompt
+    calibrate.py calibrated.py held_back.py write_back.py    the command calibrate: find a threshold, say what it does, store it
+    exit_loss.py    the losses of an exit head
     checkpoint.py config.py files.py shapes.py errors.py    what the rest stands on
     bundled/        a small text-to-image pipeline, its scorer and its judge
     offline.py      recorded trajectories scored folder by folder
@@ -44,18 +49,25 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "ArtifactGuard": "moe_artifacts.guard.guard",
     "ArtifactScorer": "moe_artifacts.scorer",
+    "Certified": "moe_artifacts.calibration",
     "GuardedOutput": "moe_artifacts.guard.guard",
+    "Race": "moe_artifacts.racing",
+    "Risk": "moe_artifacts.calibration",
+    "ScalarScorer": "moe_artifacts.scalar.scorer",
+    "ScoredRuns": "moe_artifacts.recorded",
     "StepScore": "moe_artifacts.scorer",
     "ThresholdConfig": "moe_artifacts.config",
     "Trajectory": "moe_artifacts.trajectory",
     "Verdict": "moe_artifacts.trajectory",
     "bundled_pipeline": "moe_artifacts.bundled",
+    "certify": "moe_artifacts.calibration",
 }
 
 __all__ = [
     "ArtifactGuard",
     "ArtifactScorer",
     "CalibrationError",
+    "Certified",
     "CheckpointError",
     "ConfigError",
     "GuardStateError",
@@ -63,12 +75,17 @@ __all__ = [
     "InputError",
     "LatentSpaceError",
     "MoeArtifactsError",
+    "Race",
+    "Risk",
+    "ScalarScorer",
+    "ScoredRuns",
     "StepScore",
     "ThresholdConfig",
     "Trajectory",
     "UnsupportedPipelineError",
     "Verdict",
     "bundled_pipeline",
+    "certify",
 ]
 
 

@@ -11,7 +11,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from moe_artifacts.errors import ConfigError
 
@@ -159,7 +159,7 @@ class ExitHeadConfig:
         _require_width("exit_head.hidden_dim", self.hidden_dim)
 
 
-RuleName = Literal["cumulative", "q-exit", "posterior", "patience"]
+RuleName = Literal["cumulative", "q-exit", "posterior", "patience", "economic"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,6 +174,7 @@ class ThresholdConfig:
     clear_threshold: float | None = None  # cumulative rule only: stop scoring once cumulative_clean_prob >= this
     q: float | None = None  # q-exit only: decide once exit_cdf > q
     patience: int | None = None  # patience only: this many alarms in a row
+    boundary: tuple[tuple[float, ...], ...] | None = None  # economic only: (progress, abort at, clear below), in order
 
     risk: str = "false_abort_rate"
     max_risk: float | None = None
@@ -199,6 +200,20 @@ class ThresholdConfig:
         _require(self.rule != "q-exit" or self.q is not None, "the q-exit rule needs q, e.g. 0.5")
         ok = self.rule != "patience" or (self.patience is not None and self.patience >= 1)
         _require(ok, f"the patience rule needs patience >= 1, got {self.patience!r}")
+        _require(
+            (self.rule == "economic") == (self.boundary is not None), "boundary belongs to the economic rule, only"
+        )
+        if self.boundary is not None:
+            points = self.boundary
+            ok = len(points) > 0 and all(
+                len(p) == 3 and 0 <= p[0] <= 1 and 0 <= p[1] <= 2 and 0 <= p[2] <= 1 for p in points
+            )
+            ok = ok and all(a[0] < b[0] for a, b in zip(points, points[1:]))
+            _require(
+                ok,
+                "boundary must be (progress, abort at, clear below) points in [0, 1], [0, 2] and [0, 1], progress rising, "
+                f"got {points!r}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,6 +252,48 @@ class ScorerConfig:
             self.features.embed_dim == self.embedder.embed_dim == self.gate.embed_dim,
             "features.embed_dim, embedder.embed_dim and gate.embed_dim must be equal",
         )
+
+    @property
+    def uses_prompt(self) -> bool:
+        return self.features.use_prompt
+
+    @property
+    def uses_noisy(self) -> bool:
+        return self.features.use_noisy
+
+    @property
+    def rules(self) -> tuple[RuleName, ...]:
+        """The rules that can decide by its scores."""
+        return typing.get_args(RuleName)
+
+    @property
+    def checks_last(self) -> bool:
+        """Whether the last step is always scored."""
+        return True
+
+
+@runtime_checkable  # for `make shapes`
+class WatchedConfig(Protocol):
+    """What the guard reads of the config of a scorer; see :class:`ScorerConfig`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def latent_space(self) -> LatentSpaceConfig: ...
+    @property
+    def threshold(self) -> ThresholdConfig | None: ...
+    @property
+    def rules(self) -> tuple[RuleName, ...]: ...
+    @property
+    def log_snr_range(self) -> tuple[float, float]: ...
+    @property
+    def check_progress(self) -> tuple[float, ...] | None: ...  # None: every step
+    @property
+    def checks_last(self) -> bool: ...
+    @property
+    def uses_prompt(self) -> bool: ...
+    @property
+    def uses_noisy(self) -> bool: ...
 
 
 def to_dict(config: Any) -> dict[str, Any]:

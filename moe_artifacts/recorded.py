@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float, Int, Real
+from jaxtyping import Float, Int, Shaped
 
 from moe_artifacts.errors import InputError
 
@@ -57,11 +57,11 @@ class ScoredRuns:
         """Bool [image]: more than half of the label says artifacts."""
         return self.label > 0.5
 
-    def rows(self, which: Real[np.ndarray, " row"]) -> ScoredRuns:
+    def rows(self, which: Shaped[np.ndarray, " row"]) -> ScoredRuns:
         """Some of the images: indices or a mask."""
         final = None if self.final is None else self.final[which]
         return replace(self, scores=self.scores[which], label=self.label[which], prompt=self.prompt[which], final=final)
 
-    def steps(self, which: Real[np.ndarray, " column"]) -> ScoredRuns:
+    def steps(self, which: Shaped[np.ndarray, " column"]) -> ScoredRuns:
         """Some of the scored steps, as column indices or a mask."""
         return replace(self, scores=self.scores[:, which], calls=self.calls[which])

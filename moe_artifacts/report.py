@@ -1,4 +1,4 @@
-"""Pictures of a guarded run: its images side by side, and the curves of its scores."""
+"""Pictures: of a guarded run, its images side by side and the curves of its scores; of a calibration, what it is good for."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from moe_artifacts.calibrated import Calibrated
 from moe_artifacts.config import ThresholdConfig
 from moe_artifacts.errors import InputError
 from moe_artifacts.files import atomic_path
@@ -116,6 +117,45 @@ def save_curves(
         key.append(Line2D([], [], label=f"threshold {rule.threshold:.3g} ({rule.rule})", **line))
     # Below the panels: inside, it would hide curves.
     figure.legend(handles=key, loc="outside lower center", ncols=len(key), title="The judge, of the finished image")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def save_calibration(path: str | os.PathLike[str], found: Calibrated) -> None:
+    """The posterior against what became of the images, and what every other threshold would do, on the part held back.
+
+    Raises:
+        InputError: If ``path`` does not end in .png.
+    """
+    _require_png(path)
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    bins, most = found.reliability, max(line.count for line in found.reliability)
+    left.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
+    left.scatter(
+        [line.predicted for line in bins],
+        [line.observed for line in bins],
+        s=[10 + 150 * line.count / most for line in bins],
+        color=COLOURS["artifacts"],
+        clip_on=False,
+    )
+    left.set(
+        title="posterior (area: how often)", xlabel="mean posterior", ylabel="really bad", xlim=(0, 1), ylim=(0, 1)
+    )
+    curve, promised = found.curve, found.request.risk in ("per-image", "per-prompt")
+    middle.plot(curve["threshold"], curve["recall"], color=COLOURS["artifacts"], label="bad images found")
+    middle.plot(curve["threshold"], curve["false_abort_rate"], color=COLOURS["clean"], label="clean images aborted")
+    if promised:
+        limit = f"promised: at most {100 * found.request.max_risk:g} %"
+        middle.axhline(found.request.max_risk, color=COLOURS["clean"], linestyle=":", linewidth=1, label=limit)
+    middle.set(title="what a threshold does", xlabel="threshold", ylabel="share", ylim=(-0.02, 1.02))
+    right.axhline(0, color=OTHER_COLOUR, linewidth=1)
+    right.plot(curve["threshold"], 100 * curve["cost_per_clean"], color="black")
+    right.set(title="cost per clean image, scoring included", xlabel="threshold", ylabel="change in %")
+    for panel in (middle, right):
+        label = f"{found.rule.rule}, {found.rule.threshold:.3g}"
+        panel.axvline(found.rule.threshold, color="black", linestyle="--", linewidth=1, label=label)
+        panel.legend(loc="best", fontsize="small")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
 

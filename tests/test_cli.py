@@ -102,7 +102,7 @@ def test_the_demo_says_what_became_of_every_image(scripted, bundle, tmp_path):
 
     lines = done.stdout.splitlines()
     assert len([line for line in lines if "a bag" in line or "a spaceship" in line]) == 5
-    assert "5 images: 3 kept, 2 aborted at steps 1 and 1 of 6; 10 of 30 denoiser steps not run" in lines
+    assert "5 images: 3 kept, 2 aborted at step 1 of 6; 10 of 30 denoiser steps not run" in lines
     assert "denoiser steps: 20 with the guard, 30 without (-33.3%)" in lines
     for name in ("grid.png", "curves.png"):
         assert str(tmp_path / name) in lines

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import reference
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,6 +24,9 @@ RULES = {
     "patience-longer-than-any-run": {"patience": 10**12},
     "q-exit-0": {"q": 0.0},
     "q-exit": {"q": 0.5},
+    "economic": {"boundary": ((0.0, 0.5, 0.0), (0.25, 0.25, 0.125), (1.0, 0.75, 0.25))},
+    "economic-one-point": {"boundary": ((0.5, 0.5, 0.25),)},
+    "economic-never-clears": {"boundary": ((0.0, 0.25, 0.0), (1.0, 1.5, 0.0))},
 }
 every_rule = pytest.mark.parametrize("name", RULES)
 # Sixteenths: float32 and Python then agree on every comparison with a threshold, and ties are common.
@@ -31,7 +35,7 @@ thresholds = st.integers(0, 16).map(lambda n: n / 16)
 
 
 def make_rule(name: str, threshold: float = 0.4) -> ThresholdConfig:
-    rule = next(r for r in ("cumulative", "posterior", "patience", "q-exit") if name.startswith(r))
+    rule = next(r for r in ("cumulative", "posterior", "patience", "q-exit", "economic") if name.startswith(r))
     return ThresholdConfig(rule=rule, threshold=threshold, **RULES[name])
 
 
@@ -39,6 +43,34 @@ def make_batch(seed: int, batch: int, steps: int) -> tuple[Tensor, Accumulated]:
     generator = torch.Generator().manual_seed(seed)
     prob = torch.rand(batch, steps, generator=generator)
     return prob, accumulate(prob, torch.rand(batch, steps, generator=generator))
+
+
+def even(steps: int) -> Tensor:
+    """Progress of steps that are evenly spaced, in sixteenths, so that a boundary over it is exact too."""
+    return (torch.arange(steps) + 1) / 16
+
+
+def boundary_at(rule: ThresholdConfig, progress: float) -> tuple[float, float]:
+    """Where to abort and where to clear, as told: linear between points, constant outside."""
+    points = rule.boundary
+    if progress <= points[0][0]:
+        return points[0][1:]
+    for (u0, *before), (u1, *after) in pairwise(points):
+        if progress <= u1:
+            share = (progress - u0) / (u1 - u0)
+            return tuple(a + share * (b - a) for a, b in zip(before, after, strict=True))
+    return points[-1][1:]
+
+
+def economic_by(rule: ThresholdConfig, threshold: float, prob: list[float]) -> tuple[int, int]:
+    """The economic rule without a path statistic: the step of the abort and that of the clearing."""
+    for t, a in enumerate(prob):
+        abort_at, clear_below = boundary_at(rule, (t + 1) / 16)
+        if a >= abort_at + 2 * threshold - 1:
+            return t, len(prob)
+        if a < clear_below:
+            return len(prob), t
+    return len(prob), len(prob)
 
 
 def score_at(t: int, rows: Tensor, prob: Tensor, acc: Accumulated) -> SimpleNamespace:
@@ -56,9 +88,15 @@ def score_at(t: int, rows: Tensor, prob: Tensor, acc: Accumulated) -> SimpleName
 def test_aborts_where_the_rule_as_it_is_told_aborts(name: str, prob: list[float], threshold: float) -> None:
     rule = make_rule(name, threshold)
     acc = accumulate(torch.tensor([prob]), torch.full((1, len(prob)), 0.25))
-    statistic = path_statistic(rule, torch.tensor([prob]), acc)
+    statistic = path_statistic(rule, torch.tensor([prob]), acc, even(len(prob)))
     if threshold == 0:  # nothing is below 0, whatever the rule still waits for
         assert abort_step(statistic, 0.0).item() == 0
+        return
+    if rule.rule == "economic":
+        close = [abs(a - boundary_at(rule, (t + 1) / 16)[0] - 2 * threshold + 1) for t, a in enumerate(prob)]
+        assume(not any(0 < gap < 1e-6 for gap in close))  # thirds of sixteenths round
+        decided = decide(rule, torch.tensor([prob]), acc, even(len(prob)))
+        assert (decided.abort_step.item(), decided.clear_step.item()) == economic_by(rule, threshold, prob)
         return
     expected = reference.aborts_by(
         rule.rule,
@@ -78,7 +116,7 @@ def test_the_path_statistic_never_falls_and_a_higher_threshold_never_aborts_earl
     name: str, seed: int, steps: int
 ) -> None:
     prob, acc = make_batch(seed, 4, steps)
-    statistic = path_statistic(make_rule(name), prob, acc)
+    statistic = path_statistic(make_rule(name), prob, acc, even(steps))
     assert (statistic.diff(dim=-1) >= 0).all()
     assert (statistic >= 0).all() and (statistic <= 1).all()
     assert (abort_step(statistic, 0.3) <= abort_step(statistic, 0.6)).all()
@@ -89,11 +127,11 @@ def test_the_path_statistic_never_falls_and_a_higher_threshold_never_aborts_earl
 def test_streaming_equals_the_whole_while_rows_leave(name: str, seed: int, batch: int, steps: int) -> None:
     rule = make_rule(name, 0.25)
     prob, acc = make_batch(seed, batch, steps)
-    decided, statistic = decide(rule, prob, acc), path_statistic(rule, prob, acc)
+    decided, statistic = decide(rule, prob, acc, even(steps)), path_statistic(rule, prob, acc, even(steps))
     stream, alive = Decider(rule, batch), torch.arange(batch)
     generator = torch.Generator().manual_seed(seed)
     for t in range(steps):
-        now = stream.step(score_at(t, alive, prob, acc))
+        now = stream.step(score_at(t, alive, prob, acc), progress=(t + 1) / 16)
         assert now.statistic.equal(statistic[alive, t])
         assert now.abort.equal(decided.abort_step[alive] == t)  # at that step, and never again
         assert now.clear.equal(decided.clear_step[alive] == t)
@@ -137,8 +175,37 @@ def test_q_exit_decides_once_the_exit_cdf_is_above_q_not_at_it() -> None:
     assert path_statistic(make_rule("q-exit"), prob, acc).tolist() == [[0.0, prob[0, 1].item()]]
 
 
+def test_the_economic_statistic_is_one_half_on_the_boundary_and_stands_still_once_cleared() -> None:
+    prob = torch.tensor([[0.5, 0.0, 0.9], [0.125, 0.9, 0.9]])
+    rule = ThresholdConfig(rule="economic", threshold=0.5, boundary=((0.25, 0.5, 0.25),))
+    acc, progress = accumulate(prob, torch.zeros(2, 3)), torch.tensor([0.2, 0.4, 0.6])
+    assert path_statistic(rule, prob, acc, progress).tolist() == [[0.5] * 3, [0.3125] * 3]
+    decided = decide(rule, prob, acc, progress)
+    assert (decided.abort_step.tolist(), decided.clear_step.tolist()) == ([0, 3], [3, 0])
+
+
+def test_progress_may_differ_from_image_to_image() -> None:
+    rule = make_rule("economic")
+    prob, acc = make_batch(0, 3, 4)
+    progress = torch.rand(3, 4, generator=torch.Generator().manual_seed(1)).sort(dim=1).values
+    whole = path_statistic(rule, prob, acc, progress)
+    for row in range(3):
+        alone = Accumulated(*(getattr(acc, name)[[row]] for name in acc.__dataclass_fields__))
+        assert path_statistic(rule, prob[[row]], alone, progress[row]).equal(whole[[row]])
+
+
+def test_the_economic_rule_asks_for_progress() -> None:
+    rule, (prob, acc) = make_rule("economic"), make_batch(0, 2, 3)
+    with pytest.raises(InputError, match="progress is missing"):
+        path_statistic(rule, prob, acc)
+    with pytest.raises(InputError, match="progress is missing"):
+        Decider(rule, 2).step(score_at(0, torch.arange(2), prob, acc))
+    with pytest.raises(InputError, match="artifact_prob is missing"):
+        clear_step(rule, acc)
+
+
 @pytest.mark.parametrize("rule", ["posterior", "patience", "q-exit"])
-def test_only_the_cumulative_rule_clears(rule: str) -> None:
+def test_only_the_cumulative_and_the_economic_rule_clear(rule: str) -> None:
     config = ThresholdConfig(rule=rule, threshold=0.9, clear_threshold=0.1, q=0.5, patience=1)
     prob = torch.zeros(1, 3)
     assert decide(config, prob, accumulate(prob, torch.ones(1, 3))).clear_step.item() == 3
@@ -156,7 +223,7 @@ def test_a_nan_is_refused_in_whole_trajectories(name: str, where: str) -> None:
     prob, mass = torch.full((3, 4), 0.1), torch.full((3, 4), 0.1)
     (prob if where == "artifact_prob" else mass)[1, 0] = torch.nan
     with pytest.raises(InputError, match=r"is NaN in rows \[1\] \(1 in all\)"):
-        decide(make_rule(name), prob, accumulate(prob, mass))
+        decide(make_rule(name), prob, accumulate(prob, mass), even(4))
 
 
 @every_rule
@@ -166,7 +233,7 @@ def test_a_nan_while_running_is_shown_and_decides_nothing(name: str, where: str)
     (prob if where == "artifact_prob" else mass)[1, 0] = torch.nan
     stream, acc = Decider(make_rule(name, 0.9), 3), accumulate(prob, mass)
     for t in range(4):
-        now = stream.step(score_at(t, torch.arange(3), prob, acc))
+        now = stream.step(score_at(t, torch.arange(3), prob, acc), progress=(t + 1) / 16)
         assert now.statistic.isnan().tolist() == [False, True, False]
         assert not now.abort[1] and not now.clear[1]
 

@@ -21,7 +21,7 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_help_imports_nothing_heavy():
     code = """
 from moe_artifacts.cli import app
-for arguments in (["--help"], ["demo", "--help"], ["score", "--help"], ["inspect", "--help"]):
+for arguments in (["--help"], ["demo", "--help"], ["score", "--help"], ["calibrate", "--help"], ["inspect", "--help"]):
     try:
         app(arguments)
     except SystemExit as done:

@@ -5,54 +5,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
 
-from training.metrics import auroc, auroc_within, bootstrap
-from moe_artifacts.policy import Run, apply_rule, matched_threshold, outcome, perfect
-
-# --- measures --------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=40))
-def test_auroc_is_that_of_sklearn_ties_included(rows: list[tuple[int, bool]]) -> None:
-    score, bad = (np.array(column) for column in zip(*rows, strict=True))
-    assume(0 < bad.sum() < len(bad))
-    assert auroc(score, bad) == pytest.approx(roc_auc_score(bad, score), abs=1e-12)
-
-
-def test_auroc_by_hand_and_without_one_of_the_classes() -> None:
-    score = np.array([0.1, 0.4, 0.4, 0.8])
-    # Pairs of a bad and a clean image: (0.4, 0.1) right, (0.4, 0.4) tied, (0.8, 0.1) and (0.8, 0.4) right.
-    assert auroc(score, np.array([0.0, 1.0, 0.0, 1.0])) == 3.5 / 4
-    assert math.isnan(auroc(score, np.ones(4)))
-    assert math.isnan(auroc(score, np.zeros(4)))
-
-
-def test_auroc_within_is_the_mean_over_groups_that_have_both_kinds() -> None:
-    score = np.array([1.0, 2.0, 9.0, 8.0, 7.0, 100.0])
-    bad = np.array([0, 1, 0, 1, 0, 1])
-    group = np.array([0, 0, 1, 1, 1, 2])
-    assert auroc_within(score, bad, group) == (1.0 + 0.5) / 2  # group 2 has bad images alone
-    # What separates the groups does not help.
-    assert auroc_within(score + 1000 * group, bad, group) == (1.0 + 0.5) / 2
-
-
-def test_the_bootstrap_interval_is_that_of_a_mean() -> None:
-    values = np.random.default_rng(1).normal(size=400)
-    low, high = bootstrap(lambda rows: float(values[rows].mean()), len(values), repeats=400)
-    assert low < values.mean() < high
-    # 400 repeats place a 2.5 % quantile to about 7 % of its distance from the middle.
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.2)
-    assert (low, high) == bootstrap(lambda rows: float(values[rows].mean()), len(values), repeats=400)
-
-
-def test_the_bootstrap_leaves_out_resamples_without_a_value() -> None:
-    bad, score = np.array([1, 0, 0]), np.array([2.0, 1.0, 3.0])  # a third of the resamples has no bad image
-    low, high = bootstrap(lambda rows: auroc(score[rows], bad[rows]), 3)
-    assert 0 <= low <= auroc(score, bad) <= high <= 1
-
+from moe_artifacts.errors import InputError
+from moe_artifacts.policy import (
+    Run,
+    abort_columns,
+    apply_rule,
+    by_prompt,
+    cheapest_threshold,
+    last_statistic,
+    matched_threshold,
+    outcome,
+    perfect,
+    spending,
+)
 
 # --- outcomes --------------------------------------------------------------------------------------------------------
 
@@ -125,6 +93,82 @@ def test_costs_agree_with_counting_over_many_rounds(columns: list[int]) -> None:
         kept_clean += column == 3 and not bad
     found = outcome(RUN, np.array(columns)).cost_per_clean
     assert found == (pytest.approx(spent / kept_clean / 100 - 1) if kept_clean else math.inf)
+
+
+# --- checks that end before the run does, and images that are cleared -------------------------------------------------
+
+EARLY = Run(bad=RUN.bad, calls=np.array([10, 25, 40]), check_cost=0.5, full_calls=50)
+CLEAR = np.array([3, 0, 1, 0])  # after which check each image is not looked at any more
+
+
+def test_a_run_goes_on_after_its_last_check() -> None:
+    assert (EARLY.total_calls, EARLY.last_saving) == (50, 2)
+    found = apply_rule(EARLY, STATISTIC, 0.5)
+    calls, checks = (10 + 40 + 25 + 50) / 4, (1 + 3 + 2 + 3) / 4  # the second image is now stopped in time
+    assert found.recall == 1 and found.rejected == 0
+    assert found.steps_saved == pytest.approx(1 - calls / 50)
+    assert found.cost_per_clean == pytest.approx((calls + checks * 0.5) / 0.25 / 100 - 1)
+    assert perfect(EARLY, 0).steps_saved == perfect(RUN, 0).steps_saved
+
+
+def test_a_cleared_image_pays_for_no_later_check_and_is_not_aborted() -> None:
+    column, rejected = abort_columns(EARLY, STATISTIC, 0.5, CLEAR)
+    assert column.tolist() == [0, 3, 1, 3]  # the third at the very check that would clear it
+    assert not rejected.any()
+    calls, checks = spending(EARLY, column, CLEAR)
+    assert calls.tolist() == [10, 50, 25, 50]
+    assert checks.tolist() == [1, 1, 2, 1]
+    found = apply_rule(EARLY, STATISTIC, 0.5, CLEAR)
+    assert found.cost_per_clean == pytest.approx((calls + 0.5 * checks).mean() / 0.25 / 100 - 1)
+    assert found.cost_per_clean_unscored == pytest.approx(calls.mean() / 0.25 / 100 - 1)
+
+
+def test_a_cleared_image_is_not_rejected_at_the_last_step_either() -> None:
+    assert apply_rule(RUN, STATISTIC, 0.5).rejected == 0.25
+    assert apply_rule(RUN, STATISTIC, 0.5, CLEAR).rejected == 0
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1, width=32)), min_size=4, max_size=4), st.floats(0, 1, width=32)
+)
+def test_the_last_statistic_says_which_thresholds_abort(images: list[tuple[int, float]], threshold: float) -> None:
+    clear = np.array([c for c, _ in images])
+    statistic = np.maximum.accumulate(STATISTIC * np.array([v for _, v in images], dtype=np.float32)[:, None], axis=1)
+    aborted = abort_columns(RUN, statistic, threshold, clear)[0] < 3
+    assert (aborted == (last_statistic(RUN, statistic, clear) >= np.float32(threshold))).all()
+
+
+def test_thresholds_take_no_account_of_what_a_cleared_image_would_have_reached() -> None:
+    clear = np.array([3, 3, 0, 3])  # the clean image that rises to 0.6 is cleared at 0.1
+    threshold = matched_threshold(EARLY, STATISTIC, 0.0, clear)
+    assert threshold == pytest.approx(0.2) and threshold > np.float32(0.2)  # of the other clean image
+    assert apply_rule(EARLY, STATISTIC, threshold, clear).false_abort_rate == 0
+    assert cheapest_threshold(EARLY, STATISTIC, 0.4, clear=clear) == threshold
+
+
+def test_by_prompt_means_over_prompts_and_counts_the_empty_ones() -> None:
+    run = Run(np.array([False, True, False, False, True, True]), np.array([5]), 0.0, full_calls=10)
+    column = np.array([1, 0, 0, 0, 1, 0])  # prompt 3 keeps one of two; 4 loses both; 5 has no clean image
+    found = by_prompt(run, column, np.array([3, 3, 4, 4, 5, 5]))
+    assert found.cost_per_clean == pytest.approx((10 + 5) / 1 / (2 * 10 / 1) - 1)
+    assert found.empty == 1 / 2
+    nothing = by_prompt(run, np.zeros(6, dtype=int), np.zeros(6, dtype=int))
+    assert (nothing.cost_per_clean, nothing.empty) == (math.inf, 1)
+
+
+def test_by_prompt_of_one_prompt_is_the_outcome() -> None:
+    column = abort_columns(EARLY, STATISTIC, 0.5, CLEAR)[0]
+    found = by_prompt(EARLY, column, np.zeros(4, dtype=int), CLEAR)
+    assert found.cost_per_clean == pytest.approx(outcome(EARLY, column, clear=CLEAR).cost_per_clean)
+
+
+def test_runs_and_prompts_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(InputError, match="full_calls must be at least the 50 of the last check, got 40"):
+        replace(RUN, full_calls=40)
+    with pytest.raises(InputError, match="at which an abort saves a call"):
+        Run(RUN.bad, np.array([50]), 0.0)
+    with pytest.raises(InputError, match="bad holds no clean image in any of 1 prompts"):
+        by_prompt(replace(RUN, bad=np.ones(4, dtype=bool)), np.zeros(4, dtype=int), np.zeros(4, dtype=int))
 
 
 # --- thresholds at a given false-abort rate --------------------------------------------------------------------------

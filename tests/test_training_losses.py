@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -17,106 +16,11 @@ from moe_artifacts.scorer import SMALLEST_STRIDE
 from training.ancestor import Ancestor, rating
 from training.clip import EMBED_DIM, MARGIN_SCALE, artifact_loss, draw_checks, multi_positive_loss
 from training.collect import LOG_SNR_RANGE, Recorded
-from training.exit_head import ExitData, ExitRecipe, economic_loss, exit_data, exit_masses, palbert_loss, train_exit
+from training.exit_head import ExitData, ExitRecipe, exit_data, exit_masses, train_exit
 from training.train import MAIN, Embedded, HeadRecipe, Heads, draw_subset, equal_single_width, sequence, states_of
 
 NAN = math.nan
 SMALL = HeadRecipe(name="small", num_experts=3, hidden_dim=40, expert_dim=6)
-
-
-def some_steps() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Exit mass, posterior, label and share spent of six images at five checks, the last one at the end of the run."""
-    generator = torch.Generator().manual_seed(3)
-    mass = 0.8 * torch.rand(6, 5, generator=generator)
-    prob = 0.02 + 0.96 * torch.rand(6, 5, generator=generator)
-    bad = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.5, 0.0])  # half of the raters saw artifacts in one
-    return mass, prob, bad, torch.tensor([0.1, 0.3, 0.5, 0.8, 1.0]).expand(6, -1)
-
-
-# --- the economic loss -----------------------------------------------------------------------------------------------
-
-
-def test_the_economic_loss_agrees_with_a_loop() -> None:
-    mass, prob, bad, spent = some_steps()
-    price, total = 1.3, 0.0
-    for masses, probs, y, shares in zip(mass.tolist(), prob.tolist(), bad.tolist(), spent.tolist(), strict=True):
-        for pdf, a, share in zip(reference.exit_pdf(masses), probs, shares, strict=True):
-            if share < 1:
-                total -= pdf * a * (1 - share - price * (1 - y)) / len(mass)
-    assert economic_loss(mass, prob, bad, spent, price).item() == pytest.approx(total, abs=1e-6)
-
-
-def economic_loss_of_exit_at(step: int | None, bad: float) -> float:
-    """One image that is all but surely decided at one of four steps; None: never."""
-    mass = torch.zeros(1, 4)
-    if step is not None:
-        mass[0, step] = 20.0
-    return economic_loss(
-        mass, torch.full((1, 4), 0.8), torch.tensor([bad]), torch.tensor([[0.25, 0.5, 0.75, 1.0]]), 1.3
-    ).item()
-
-
-def test_an_earlier_decision_on_a_bad_image_lowers_the_loss_more() -> None:
-    losses = [economic_loss_of_exit_at(step, bad=1) for step in (0, 1, 2)]
-    assert losses == pytest.approx([-0.8 * 0.75, -0.8 * 0.5, -0.8 * 0.25])
-
-
-def test_a_decision_on_a_clean_image_raises_the_loss() -> None:
-    # What is lost is the clean image's price; the calls that were not made come off it.
-    losses = [economic_loss_of_exit_at(step, bad=0) for step in (0, 1, 2)]
-    assert losses == pytest.approx([0.8 * (1.3 - 0.75), 0.8 * (1.3 - 0.5), 0.8 * (1.3 - 0.25)])
-
-
-@pytest.mark.parametrize("bad", [0.0, 1.0])
-def test_no_decision_and_one_at_the_last_step_change_nothing(bad: float) -> None:
-    assert economic_loss_of_exit_at(None, bad) == economic_loss_of_exit_at(3, bad) == 0
-
-
-def test_the_economic_loss_leaves_the_posterior_alone() -> None:
-    mass, prob, bad, spent = some_steps()
-    mass.requires_grad_(), prob.requires_grad_()
-    economic_loss(mass, prob, bad, spent, 1.3).backward()
-    assert prob.grad is None
-    assert mass.grad is not None and mass.grad[:, -1].abs().max() == 0
-    # At the last check that can still save a call: on a clean image less mass is less loss, on a bad one more mass is.
-    assert (mass.grad[bad == 0][:, 3] > 0).all() and (mass.grad[bad == 1][:, 3] < 0).all()
-
-
-# --- PALBERT's loss --------------------------------------------------------------------------------------------------
-
-
-def forced_pdf(masses: list[float]) -> list[float]:
-    pdf = reference.exit_pdf(masses)
-    return [*pdf[:-1], 1 - sum(pdf[:-1])]
-
-
-def test_palberts_loss_agrees_with_a_loop() -> None:
-    mass, prob, bad, _ = some_steps()
-    prior = 0.3 * torch.rand(6, 5)
-    total = 0.0
-    for i in range(len(mass)):
-        y, p, q = bad[i].item(), forced_pdf(mass[i].tolist()), forced_pdf(prior[i].tolist())
-        total += sum(-p[t] * (y * math.log(a) + (1 - y) * math.log(1 - a)) for t, a in enumerate(prob[i].tolist()))
-        total += 0.7 * sum(p[t] * math.log(p[t] / q[t]) for t in range(5))
-    assert palbert_loss(mass, prob, bad, prior, 0.7).item() == pytest.approx(
-        total / len(mass), abs=1e-5
-    )  # a log of 1e-8
-
-
-@given(st.lists(st.floats(0, 15, width=32), min_size=1, max_size=12))
-def test_the_exits_of_palberts_loss_are_one_distribution(masses: list[float]) -> None:
-    mass = torch.tensor([masses])
-    # With the same cross entropy at every step, the weighted sum is that entropy.
-    loss = palbert_loss(mass, torch.full_like(mass, 0.5), torch.tensor([1.0]), mass, beta=0.0)
-    assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
-
-
-def test_the_pull_to_the_prior_is_zero_at_the_prior_and_positive_elsewhere() -> None:
-    mass, prob, bad, _ = some_steps()
-    free = palbert_loss(mass, prob, bad, mass, 0.0).item()
-    assert palbert_loss(mass, prob, bad, mass, 100.0).item() == pytest.approx(free, abs=1e-5)
-    for prior in (0.5 * mass, 2 * mass, torch.full_like(mass, 0.3)):
-        assert palbert_loss(mass, prob, bad, prior, 1.0).item() > free + 1e-3
 
 
 # --- losses of the embedder ------------------------------------------------------------------------------------------

@@ -31,11 +31,11 @@ from moe_artifacts.config import (
 )
 from moe_artifacts.decision import path_statistic
 from moe_artifacts.files import atomic_path, write_json
+from moe_artifacts.policy import Run, apply_rule, cheapest_threshold
 from moe_artifacts.scorer import ArtifactScorer
 from training.clip import EMBED_DIM, MODEL_CONFIG, NUM_CLASSES, PreviewClip, train_clip
 from training.collect import DEFAULT, LOG_SNR_RANGE, RECORD_SHARES, check_progress, load_pipeline
 from training.exit_head import ExitData, ExitRecipe, exit_data, exit_masses, train_exit
-from moe_artifacts.policy import Run, apply_rule, cheapest_threshold
 from training.timing import check_cost
 from training.train import (
     FEATURES,

@@ -1,6 +1,6 @@
 """The exit head on frozen states: when to decide, with the posterior detached.
 
-The economic loss of docs/method.md, and the loss as PonderNet (arXiv:2107.05407) and PALBERT (arXiv:2204.03276) write it.
+The losses are those of moe_artifacts/exit_loss.py.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moe_artifacts.accumulator import ExitHead, exit_pdf, step_mass
+from moe_artifacts.accumulator import ExitHead, step_mass
 from moe_artifacts.calibration import Calibration
 from moe_artifacts.config import ExitHeadConfig
+from moe_artifacts.exit_loss import economic_loss, palbert_loss
 from moe_artifacts.noise import progress as noise_progress
 from training.collect import LOG_SNR_RANGE
 from training.state import step_generator
@@ -35,29 +35,6 @@ class ExitRecipe:
     steps: int = 800
     batch: int = 1_024
     lr: float = 1e-3
-
-
-def economic_loss(mass: Tensor, prob: Tensor, bad: Tensor, spent: Tensor, price: float) -> Tensor:
-    """- sum_{t <= A} p_t a_t [(1 - spent_t) - price (1 - y)]: what an early decision saves less what a lost clean image costs.
-
-    ``prob`` is detached; a step at which nothing is left to save takes no part (DESIGN.md section 3).
-    """
-    gain = (1 - spent) - price * (1 - bad)[:, None]
-    return -(exit_pdf(mass) * prob.detach() * torch.where(spent < 1, gain, 0.0)).sum(dim=-1).mean()
-
-
-def palbert_loss(mass: Tensor, prob: Tensor, bad: Tensor, prior_mass: Tensor, beta: float) -> Tensor:
-    """sum_t p_t BCE(a_t, y) + beta KL(p || prior), the last step taking what is left (PonderNet, PALBERT)."""
-    pdf = _forced(exit_pdf(mass))
-    prior = _forced(exit_pdf(prior_mass))
-    bce = F.binary_cross_entropy(prob.detach(), bad[:, None].expand_as(prob), reduction="none")
-    kl = (pdf * ((pdf + 1e-8).log() - (prior + 1e-8).log())).sum(dim=-1)
-    return ((pdf * bce).sum(dim=-1) + beta * kl).mean()
-
-
-def _forced(pdf: Tensor) -> Tensor:
-    """The distribution with all that is undecided put on the last step."""
-    return torch.cat([pdf[:, :-1], (1 - pdf[:, :-1].sum(dim=-1, keepdim=True)).clamp(min=0)], dim=-1)
 
 
 @dataclass(frozen=True)

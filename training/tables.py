@@ -18,13 +18,13 @@ from moe_artifacts.calibration import (
 )
 from moe_artifacts.config import ThresholdConfig, from_dict
 from moe_artifacts.files import read_json
+from moe_artifacts.policy import Run, apply_rule, matched_threshold, perfect
 from moe_artifacts.scorer import ArtifactScorer
 from training.ancestor import ancestor_score
 from training.calibrate import CONFIDENCE, MAX_RISK
 from training.collect import DEFAULT, RECORD_SHARES, SHIPPED_WEIGHTS, Recorded, load_judges
 from training.data.fashion import load_fashion, to_rgb
 from training.metrics import auroc, auroc_within, bootstrap
-from moe_artifacts.policy import Run, apply_rule, matched_threshold, perfect
 from training.scored import Scored
 from training.train import ABLATIONS, embed_with, load_heads, posterior_auroc
 
