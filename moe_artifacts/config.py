@@ -7,6 +7,7 @@ a newer version is never half understood.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import types
 import typing
@@ -208,7 +209,7 @@ class ThresholdConfig:
             ok = len(points) > 0 and all(
                 len(p) == 3 and 0 <= p[0] <= 1 and 0 <= p[1] <= 2 and 0 <= p[2] <= 1 for p in points
             )
-            ok = ok and all(a[0] < b[0] for a, b in zip(points, points[1:]))
+            ok = ok and all(a[0] < b[0] for a, b in itertools.pairwise(points))
             _require(
                 ok,
                 "boundary must be (progress, abort at, clear below) points in [0, 1], [0, 2] and [0, 1], progress rising, "
