@@ -1,5 +1,5 @@
 # Everything runs in .venv, which `make setup` builds from the versions in constraints.txt. Needs Python 3.11 or newer and make.
-.PHONY: setup demo test test-slow check fmt fmt-check lint types shapes bench train-bundled
+.PHONY: setup demo test test-slow check fmt fmt-check lint types shapes bench bench-rewards train-bundled
 .NOTPARALLEL:
 
 PYTHON ?= python3
@@ -49,16 +49,19 @@ types: setup
 shapes: setup
 	$(BIN)/python -m pytest -q --jaxtyping-packages=moe_artifacts,beartype.beartype -k "not refuse" $(SHAPE_TESTS)
 
-bench: setup ## every table of the README
+bench: setup ## every table on the bundled pipeline
 	$(BIN)/python -m training.evaluate
 	$(BIN)/python -m training.evaluate --steps 12,25,50 --schedulers ddim,dpm,euler-a,unipc
 	$(BIN)/python -m benchmarks.compatibility --pipeline fashion
 	$(BIN)/python -m benchmarks.savings
 	$(BIN)/python -m benchmarks.guidance
-	$(BIN)/python -m benchmarks.certification
-	$(BIN)/python -m benchmarks.policy
-	$(BIN)/python -m benchmarks.siblings
-	$(BIN)/python -m benchmarks.best_of_n
+	$(BIN)/python -m benchmarks.readme
+
+REWARDS ?= ../shared/data/reward_trajectories.npz
+bench-rewards: setup ## every table on published FLUX and SDXL scores, which are not shipped: REWARDS=FILE.npz
+	for name in certification policy posterior siblings best_of_n; do \
+		$(BIN)/python -m benchmarks.$$name --data $(REWARDS) || exit 1; \
+	done
 	$(BIN)/python -m benchmarks.scale_policy
 	$(BIN)/python -m benchmarks.readme
 

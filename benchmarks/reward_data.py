@@ -100,10 +100,18 @@ def prompt_splits(
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
     """The options every benchmark on such a file has."""
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="npz in the format of ../shared/data/README.md")
+    parser.add_argument(
+        "--data", type=_existing, default=str(DEFAULT_DATA), help="npz in the format of ../shared/data/README.md"
+    )
     parser.add_argument("--model", choices=MODELS, help="only this model")
     parser.add_argument("--reward", choices=REWARDS, help="only this reward")
     parser.add_argument("--out", type=Path, help="result file, by default in benchmarks/results")
+
+
+def _existing(path: str) -> Path:
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"there is no {path}; the scores are not shipped: name a file of that format")
+    return Path(path)
 
 
 def chosen_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:

@@ -95,7 +95,7 @@ def calibrate(
     trajectories: Annotated[
         Path, typer.Argument(help="Trajectory folder, or a folder of them; or a file: .parquet, .csv or .npz.")
     ],
-    rule: Annotated[RuleName, typer.Option(help="What decides.")] = "cumulative",
+    rule: Annotated[RuleName, typer.Option(help="What decides.")] = "economic",
     risk: Annotated[
         Literal["per-image", "per-prompt", "miss", "wrong-aborts"],
         typer.Option(
