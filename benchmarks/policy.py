@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.results import write_results
+from benchmarks.results import table, write_results
 from benchmarks.reward_data import (
     CHECK_COST,
     Rewards,
@@ -136,21 +136,15 @@ def case_rows(data: Rewards, label: str, batch: int, share: float, splits: int, 
     for setting, rule, measures in split_measures(data, label, batch, share, splits, seed):
         found[setting, rule].append(measures)
     rows = []
-    for (setting, rule), measures in found.items():
-        row: dict[str, Any] = {
-            "model": data.model,
-            "reward": data.reward,
-            "label": label,
-            "worst": share,
-            "batch": batch,
-        }
-        row |= {"setting": setting, "rule": rule, "splits": len(measures)}
-        for name, value in measures[0].items():
-            values = [m[name] for m in measures]
-            row[name] = "/".join(sorted(set(values))) if isinstance(value, str) else float(np.mean(values))
-        cost = np.array([m["cost_per_clean"] for m in measures])
+    for (setting, rule), by_split in found.items():
+        row: dict[str, Any] = {"model": data.model, "reward": data.reward, "label": label, "worst": share}
+        row |= {"batch": batch, "setting": setting, "rule": rule, "splits": len(by_split)}
+        for name in by_split[0]:
+            values: list[Any] = [measures[name] for measures in by_split]
+            row[name] = "/".join(sorted(set(values))) if isinstance(values[0], str) else float(np.mean(values))
         for other in ("single", "posterior"):
-            difference = cost - np.array([m["cost_per_clean"] for m in found[setting, other]])
+            pairs = zip(by_split, found[setting, other], strict=True)
+            difference = np.array([mine["cost_per_clean"] - its["cost_per_clean"] for mine, its in pairs])  # type: ignore[operator]
             low, high = corrected_interval(difference, SHARES[2])
             row |= {f"minus_{other}": float(difference.mean()), f"{other}_low": low, f"{other}_high": high}
         rows.append(row)
@@ -158,40 +152,30 @@ def case_rows(data: Rewards, label: str, batch: int, share: float, splits: int, 
 
 
 def print_verdict(rows: list[dict[str, Any]]) -> None:
-    """Whether the goal is met: the best rule under the limit against the best single checkpoint; and which is the best."""
-    cases: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    """Whether the goal is met, case by case, and which rule is the best: the candidates are those that keep to the limit."""
+    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         if row["rule"] in UNDER_THE_LIMIT:
-            cases[row["setting"], row["batch"], row["label"], row["worst"], row["model"], row["reward"]].append(row)
+            cases[tuple(row[name] for name in ("setting", "label", "worst", "model", "reward"))].append(row)
+    verdicts, wins = [], defaultdict(list)
     for case, candidates in cases.items():
         best = min(candidates, key=lambda row: row["cost_per_clean"])
-        sign = (
-            "cheaper"
-            if best["single_high"] < 0
-            else "cheaper, interval across zero"
-            if best["minus_single"] < 0
-            else "NOT cheaper"
-        )
-        print(
-            *case,
-            f"{best['rule']} {sign}: {best['minus_single']:+.4f} [{best['single_low']:+.4f}, {best['single_high']:+.4f}]",
-        )
-    for setting in ("matched", "deployed"):
-        print(
-            f"{setting}: mean minus single over {len(cases) // 2} cases, cases in which it is the best, significantly ahead, behind"
-        )
+        wins[case[0]].append(best["rule"])
+        columns = ("rule", "minus_single", "single_low", "single_high", "minus_posterior")
+        verdict = {"case": " ".join(map(str, case))} | {name: best[name] for name in columns}
+        met = "significantly" if best["single_high"] < 0 else best["minus_single"] < 0
+        verdicts.append(verdict | {"cheaper_than_single": met})
+    print(table(verdicts))
+    totals = []
+    for setting, best_rules in wins.items():
         for rule in UNDER_THE_LIMIT:
-            mine = [row for case, c in cases.items() if case[0] == setting for row in c if row["rule"] == rule]
-            wins = sum(
-                row["cost_per_clean"] <= min(r["cost_per_clean"] for r in c)
-                for case, c in cases.items()
-                if case[0] == setting
-                for row in c
-                if row["rule"] == rule
-            )
-            print(
-                f"  {rule:20} {np.mean([r['minus_single'] for r in mine]):+.4f} {wins:3d} {sum(r['single_high'] < 0 for r in mine):3d} {sum(r['single_low'] > 0 for r in mine):3d}"
-            )
+            mine = [row for row in rows if (row["setting"], row["rule"]) == (setting, rule)]
+            total = {"setting": setting, "rule": rule, "cases": len(mine), "best_in": best_rules.count(rule)}
+            total["minus_single"] = float(np.mean([row["minus_single"] for row in mine]))
+            total["ahead_of_single"] = sum(row["single_high"] < 0 for row in mine)
+            total["behind_single"] = sum(row["single_low"] > 0 for row in mine)
+            totals.append(total)
+    print(table(totals))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import math
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def certify_stage(images: int, steps: int, seed: int) -> None:
         start += len(bad)
     prompt = np.arange(images) // IMAGES_PER_PROMPT
     for unit in ("prompt", "image"):
-        certify(statistic, label, prompt, risks=Risk("false-aborts", 0.05), confidence=0.95, unit=unit)  # type: ignore[arg-type]
+        certify(statistic, label, prompt, risks=Risk("false-aborts", 0.05), confidence=0.95, unit=unit)
 
 
 def boundary_stage(images: int, steps: int, seed: int) -> None:
@@ -107,7 +107,7 @@ def in_own_process(stage: str, images: int, steps: int, seed: int) -> dict[str, 
 
 
 def measure(
-    stages: dict[str, tuple[tuple[int, ...], int]],
+    stages: Mapping[str, tuple[tuple[int, ...], int]],
     seed: int,
     run: Callable[[str, int, int, int], dict[str, Any]] = in_own_process,
 ) -> list[dict[str, Any]]:

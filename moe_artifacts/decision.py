@@ -21,12 +21,15 @@ from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from moe_artifacts.accumulator import Accumulated
 from moe_artifacts.config import ThresholdConfig
 from moe_artifacts.errors import InputError
 from moe_artifacts.shapes import PerImage, RowMask, Rows, StepIndex, StepProbs, StepValues
+
+Progress = Float[Tensor, "... step"]  # in [0, 1], of the steps of a batch, or of each of its images
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class Score(Protocol):
 
 
 def path_statistic(
-    rule: ThresholdConfig, artifact_prob: StepProbs, acc: Accumulated, progress: StepValues | None = None
+    rule: ThresholdConfig, artifact_prob: StepProbs, acc: Accumulated, progress: Progress | None = None
 ) -> StepValues:
     """Largest threshold at which each trajectory would have been aborted by each step.
 
@@ -118,7 +121,7 @@ def clear_step(
     rule: ThresholdConfig,
     acc: Accumulated,
     artifact_prob: StepProbs | None = None,
-    progress: StepValues | None = None,
+    progress: Progress | None = None,
 ) -> StepIndex:
     """First step with ``cumulative_clean_prob >= clear_threshold``, or below the economic rule's second boundary.
 
@@ -137,7 +140,7 @@ def clear_step(
 
 
 def decide(
-    rule: ThresholdConfig, artifact_prob: StepProbs, acc: Accumulated, progress: StepValues | None = None
+    rule: ThresholdConfig, artifact_prob: StepProbs, acc: Accumulated, progress: Progress | None = None
 ) -> Decided:
     """Abort or clear whole trajectories; both at one step is an abort, and nothing is aborted once it was cleared.
 

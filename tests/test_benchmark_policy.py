@@ -211,7 +211,7 @@ def test_the_benchmark_writes_a_row_per_setting_and_rule(
             assert some["prompt-only"]["cost_per_clean"] == some["prompt-only"]["cost_per_clean_unscored"]
             assert some["single"]["checks"] == 1
             assert some["economic"]["checks"] <= some["economic"]["steps_scored"]
-    assert "mean minus single" in capsys.readouterr().out
+    assert "cheaper_than_single" in capsys.readouterr().out
 
 
 def test_scale_measures_time_and_memory_of_both_stages() -> None:

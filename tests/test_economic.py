@@ -252,7 +252,7 @@ PROB, BAD, CALLS = np.full((4, 2), 0.5), np.array([True, False, True, False]), n
         ({"max_false_aborts": 0.0}, "max_false_aborts must be between 0 and 1"),
     ],
 )
-def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> None:
+def test_wrong_arguments_are_refused_by_name(change: dict[str, object], message: str) -> None:
     arguments = {"prob": PROB, "bad": BAD, "calls": CALLS, "total_calls": 20, "check_cost": 0.1} | change
     with pytest.raises(InputError, match=message):
         fit_boundary(**arguments)  # type: ignore[arg-type]
