@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Quick tests through every stage, run once more with every annotated shape checked. Those that hand in wrong shapes on purpose
 # have "refuse" in their names, and are left out: the checker would be faster than our own errors.
 SHAPE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,noise preview embedder experts gate accumulator decision \
-	calibration bounds certify economic policy scorer trajectory scalar_model scalar_posterior racing records calibrate)))
+	calibration bounds certify economic policy scorer trajectory scalar_model scalar_posterior scalar_scorer records calibrate)))
 
 demo: setup ## the main job on the bundled pipeline: pictures, curves and numbers in demo-out
 	$(BIN)/moe-artifacts demo --out demo-out

@@ -113,4 +113,19 @@ def siblings() -> str:
     return markdown(["scores", "alone", "change at batch 2", "at batch 4", "at batch 8"], lines)
 
 
-TABLES = {table.__name__: table for table in (policy, policy_means, certification, best_of_n, siblings)}
+def scale() -> str:
+    """Time and memory of certification and of the economic boundary."""
+    lines = [
+        [
+            row["stage"],
+            f"{row['images']:,} x {row['steps']}",
+            f"{row['seconds']:.2f}",
+            f"{row['peak_mb']:.0f}",
+            f"{row['time_exponent']:.2f}" if "time_exponent" in row else "",
+        ]
+        for row in rows_of("scale_policy")
+    ]
+    return markdown(["stage", "images x steps", "seconds", "memory, MB", "growth exponent of time"], lines)
+
+
+TABLES = {table.__name__: table for table in (policy, policy_means, certification, best_of_n, siblings, scale)}

@@ -13,7 +13,7 @@ from moe_artifacts.accumulator import accumulate
 from moe_artifacts.calibration.economic import Boundary, choose_steps, fit_boundary
 from moe_artifacts.config import ThresholdConfig, from_dict, to_dict
 from moe_artifacts.decision import decide, path_statistic
-from moe_artifacts.errors import CalibrationError, InputError
+from moe_artifacts.errors import CalibrationError, ConfigError, InputError
 from moe_artifacts.policy import Run, apply_rule, outcome
 
 # --- a world that is known exactly -----------------------------------------------------------------------------------
@@ -256,6 +256,28 @@ def test_wrong_arguments_are_refused_by_name(change: dict[str, object], message:
     arguments = {"prob": PROB, "bad": BAD, "calls": CALLS, "total_calls": 20, "check_cost": 0.1} | change
     with pytest.raises(InputError, match=message):
         fit_boundary(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        (),
+        ((0.5, 0.5),),
+        ((0.5, 2.5, 0.0),),
+        ((1.5, 0.5, 0.0),),
+        ((0.5, 0.5, -0.1),),
+        ((0.5, 0.5, 0.0), (0.5, 0.6, 0.0)),
+    ],
+)
+def test_a_stored_boundary_out_of_range_is_refused(points: tuple[tuple[float, ...], ...]) -> None:
+    with pytest.raises(ConfigError, match="boundary must be"):
+        ThresholdConfig(rule="economic", threshold=0.5, boundary=points)
+
+
+def test_a_boundary_belongs_to_the_economic_rule() -> None:
+    for rule, points in (("economic", None), ("posterior", ((0.5, 0.5, 0.0),))):
+        with pytest.raises(ConfigError, match="boundary belongs to the economic rule"):
+            ThresholdConfig(rule=rule, threshold=0.5, boundary=points)
 
 
 @pytest.mark.parametrize("bad", [np.zeros(4, dtype=bool), np.ones(4, dtype=bool)])
