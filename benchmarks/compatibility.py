@@ -34,18 +34,10 @@ from moe_artifacts.config import (
     ScorerConfig,
     ThresholdConfig,
 )
+from moe_artifacts.schedulers import SCHEDULERS, set_scheduler
 from moe_artifacts.scorer import StepScore
 
 ATOL = 1e-4  # float32: a smaller batch sums in another order
-SCHEDULERS = {
-    "DDIM": "DDIMScheduler",
-    "DDPM": "DDPMScheduler",
-    "Euler": "EulerDiscreteScheduler",
-    "Euler ancestral": "EulerAncestralDiscreteScheduler",
-    "DPM-Solver multistep": "DPMSolverMultistepScheduler",
-    "UniPC": "UniPCMultistepScheduler",
-    "PNDM": "PNDMScheduler",
-}
 PROMPTS = ("an ankle boot", "a pullover", "a bag", "a shirt")
 
 
@@ -159,13 +151,10 @@ def compare(pipe: Any, guidance_scale: float, images: int, steps: int, seed: int
 
 def measure(name: str, images: int, steps: int, seed: int) -> list[dict[str, Any]]:
     """One row per scheduler, with guidance and without."""
-    import diffusers
-
     pipe = load_pipeline(name)
-    config = pipe.scheduler.config
     rows = []
-    for scheduler, kind in SCHEDULERS.items():
-        pipe.scheduler = getattr(diffusers, kind).from_config(config)
+    for scheduler in SCHEDULERS:
+        set_scheduler(pipe, scheduler)
         for guidance_scale in (1.0, 3.0):
             found = compare(pipe, guidance_scale, images, steps, seed)
             rows.append({"pipeline": name, "scheduler": scheduler, "guidance_scale": guidance_scale, **found})

@@ -23,6 +23,7 @@ from moe_artifacts.guard.guard import ArtifactGuard
 from moe_artifacts.guard.output import GuardedOutput, promise
 from moe_artifacts.judge import ManifoldJudge
 from moe_artifacts.report import Picture, save_curves, save_grid
+from moe_artifacts.schedulers import SCHEDULERS, set_scheduler
 from moe_artifacts.scorer import ArtifactScorer
 from moe_artifacts.shapes import Preview
 from moe_artifacts.trajectory import Verdict, join_trajectories
@@ -33,15 +34,6 @@ PROMPTS = (
     "a dress", "a gown", "a coat", "a winter coat", "a sandal", "a summer sandal", "a shirt", "a blouse",
     "a sneaker", "a running shoe", "a handbag", "a tote bag", "an ankle boot", "a leather boot",
 )  # fmt: skip
-SCHEDULERS = {  # diffusers class names
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "dpm": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-a": "EulerAncestralDiscreteScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "pndm": "PNDMScheduler",
-}
 
 Judged = Literal["artifacts", "clean", "unknown class", "not finite"]
 
@@ -257,20 +249,6 @@ def run_demo(
     return DemoRun(
         _join(outputs), images, judge_margins(bundled_judge(name), prompts, images, name), guarded_s, unguarded_s
     )
-
-
-def set_scheduler(pipe: Any, scheduler: str) -> None:
-    """Put another scheduler with the same noise schedule into ``pipe``.
-
-    Args:
-        scheduler: A key of ``SCHEDULERS``.
-    """
-    import diffusers
-
-    # PNDM's Runge-Kutta warm-up: Stable Diffusion goes without it too, and DDIM's config, which lacks the key, means with.
-    changes = {"skip_prk_steps": True} if scheduler == "pndm" else {}
-    kind = getattr(diffusers, SCHEDULERS[scheduler])
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
 
 
 def judge_margins(judge: ManifoldJudge, prompts: list[str], images: Preview, name: str) -> list[float | None]:

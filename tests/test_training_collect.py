@@ -4,6 +4,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import training.collect
+from moe_artifacts.bundled import class_of
 from moe_artifacts.judge import Classifier, ManifoldJudge
 from moe_artifacts.noise import check_steps, noise_levels
+from moe_artifacts.schedulers import SCHEDULERS, set_scheduler
 from moe_artifacts.trajectory import Trajectory
 from training.collect import (
     DEFAULT,
     LOG_SNR_RANGE,
     RECORD_SHARES,
-    SCHEDULERS,
     SPLITS,
     TRAIN_SETTINGS,
     Recorded,
@@ -32,9 +34,7 @@ from training.collect import (
     load_split,
     record_batch,
     record_steps_of,
-    set_scheduler,
 )
-from training.data.prompts import label_of
 from training.generator import build_scheduler
 
 PROMPTS, SEEDS = ["a bag", "a coat", "a dress"], [11, 12, 13]
@@ -44,10 +44,10 @@ PROMPTS, SEEDS = ["a bag", "a coat", "a dress"], [11, 12, 13]
 
 
 def grid_of(setting: Setting) -> Any:
-    original: Any = build_scheduler()
-    scheduler = SCHEDULERS[setting.scheduler].from_config(original.config)
-    scheduler.set_timesteps(setting.steps)
-    return noise_levels(scheduler)
+    pipe = SimpleNamespace(scheduler=build_scheduler())
+    set_scheduler(pipe, setting.scheduler)
+    pipe.scheduler.set_timesteps(setting.steps)
+    return noise_levels(pipe.scheduler)
 
 
 def test_the_default_run_is_recorded_at_the_steps_named() -> None:
@@ -85,7 +85,7 @@ def test_the_splits_share_no_seed_and_measure_on_held_out_prompts() -> None:
 # --- one batch -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "pndm"])  # which repeats a step
 def test_a_batch_is_recorded_at_its_steps_up_to_the_finished_latents(name: str) -> None:
     pipe: Any = tiny.stable_diffusion()
     trajectory, noisy, final = record_batch(pipe, PROMPTS, SEEDS, Setting(scheduler=name, steps=6))
@@ -150,7 +150,7 @@ def test_going_through_all_schedulers_brings_the_first_one_back() -> None:
     for name in (*SCHEDULERS, "ddim"):
         set_scheduler(pipe, name)
         found: Any = pipe.scheduler
-        assert type(found).__name__ == SCHEDULERS[name].__name__
+        assert type(found).__name__ == SCHEDULERS[name]
         assert found.config.prediction_type == "v_prediction"
         torch.testing.assert_close(found.alphas_cumprod, original.alphas_cumprod)
     options = [key for key in original.config if not key.startswith("_")]
@@ -239,7 +239,7 @@ def test_a_split_comes_back_as_it_was_recorded(work: Path) -> None:
     folder = run_collect()
     data = load_split("mini")
     assert data.seeds.tolist() == [70, 71, 72, 73, 74]
-    assert data.label.tolist() == [label_of(prompt) for prompt in data.prompts]
+    assert data.label.tolist() == [class_of(prompt) for prompt in data.prompts]
     assert data.num_steps.tolist() == [8, 8, 2, 2, 8]  # the settings take turns
     width = len(RECORD_SHARES) + 1
     assert data.x0.shape == (5, width, 4, 16, 16)

@@ -16,13 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    StableDiffusionPipeline,
-    UniPCMultistepScheduler,
-)
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,17 +27,12 @@ from moe_artifacts.guard.tap import SchedulerTap, TappedStep
 from moe_artifacts.judge import ManifoldJudge, load_judge
 from moe_artifacts.noise import progress as noise_progress
 from moe_artifacts.noise import variance_preserving
+from moe_artifacts.schedulers import set_scheduler
 from moe_artifacts.trajectory import Trajectory
 from training.data.prompts import draw_prompts
 from training.workspace import Stage, compile_if_possible, progress, work_folder
 
 SHIPPED_WEIGHTS = Path(__file__).parent.parent / "benchmarks" / "weights"
-SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "dpm": DPMSolverMultistepScheduler,
-    "euler-a": EulerAncestralDiscreteScheduler,
-    "unipc": UniPCMultistepScheduler,
-}
 LOG_SNR_RANGE = (-5.1, 6.8)  # from the first timestep of any run, 999 at the noisiest, to the last, 1
 # Steps 3, 7, 10, 12, 15, 17, 21, 25, 33, 41 and 50 of DDIM with 50 steps; the last step is always recorded too.
 RECORD_SHARES = (0.06, 0.14, 0.20, 0.24, 0.30, 0.34, 0.42, 0.50, 0.66, 0.82)
@@ -94,11 +83,6 @@ SPLITS = (
     ),
     Split(name="test", count=5_000, first_seed=40_000_000, prompts="held-out"),
 )
-
-
-def set_scheduler(pipe: StableDiffusionPipeline, name: str) -> None:
-    """Put another scheduler with the same noise schedule into ``pipe``."""
-    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config)
 
 
 def record_batch(

@@ -14,9 +14,10 @@ from pathlib import Path
 from benchmarks.results import write_results
 from moe_artifacts.guard.output import Setting as GuardSetting
 from moe_artifacts.guard.output import promise
+from moe_artifacts.schedulers import SCHEDULERS
 from moe_artifacts.scorer import ArtifactScorer
 from training import tables
-from training.collect import DEFAULT, SCHEDULERS, SPLITS, Setting, Split, load_pipeline
+from training.collect import DEFAULT, SPLITS, Setting, Split, load_pipeline
 from training.scored import ensure_split, score_recorded
 from training.timing import check_cost
 
@@ -57,7 +58,7 @@ def evaluate_transfer(
         )
         scored = score_recorded(scorer, ensure_split(split), setting)
         guard_setting = GuardSetting(
-            scheduler=SCHEDULERS[setting.scheduler].__name__,
+            scheduler=SCHEDULERS[setting.scheduler],
             num_inference_steps=setting.steps,
             guidance_scale=setting.guidance_scale,
             scored_steps=tuple(int(c) - 1 for c in scored.calls),

@@ -13,8 +13,9 @@ from moe_artifacts.config import ThresholdConfig
 from moe_artifacts.decision import path_statistic
 from moe_artifacts.noise import check_steps, noise_levels, progress
 from moe_artifacts.policy import Run
+from moe_artifacts.schedulers import set_scheduler
 from moe_artifacts.scorer import ArtifactScorer
-from training.collect import Recorded, Setting, Split, collect, load_judges, load_pipeline, load_split, set_scheduler
+from training.collect import Recorded, Setting, Split, collect, load_judges, load_pipeline, load_split
 
 
 @dataclass(frozen=True)

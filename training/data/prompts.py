@@ -53,16 +53,3 @@ def draw_prompts(
     pools = [prompts_of(label, split) for label in range(len(CLASS_NAMES))]
     prompts = [pools[k][int(u * len(pools[k]))] for k, u in zip(labels.tolist(), pick.tolist(), strict=True)]
     return prompts, labels
-
-
-def label_of(prompt: str) -> int:
-    """The class a prompt asks for: the longest synonym it contains.
-
-    Raises:
-        ValueError: If the prompt names none of the ten classes.
-    """
-    text = f" {prompt.lower()} "
-    found = [(len(s), k) for k, names in enumerate(SYNONYMS) for s in names if f" {s} " in text]
-    if not found:
-        raise ValueError(f"the prompt {prompt!r} names none of: {', '.join(n for names in SYNONYMS for n in names)}")
-    return max(found)[1]
