@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import re
 import socket
@@ -8,12 +9,15 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPTokenizer
 
 from moe_artifacts.bundled import class_of
-from training.data.fashion import FILES, SIZE, load_fashion, read_idx, to_rgb
+from training.data.fashion import FILES, SIZE, load_fashion, read_idx, read_parquet, to_rgb
 from training.data.prompts import (
     CLASS_NAMES,
     HELD_OUT_TEMPLATES,
@@ -95,6 +99,50 @@ def test_each_split_has_its_own_images_and_labels(tmp_path: Path, suffix: str) -
         assert (data.images.dtype, data.labels.dtype) == (torch.uint8, torch.int64)
         np.testing.assert_array_equal(data.images.numpy(), some_images(4, seed))
         assert data.labels.tolist() == [seed, seed + 1, seed + 2, seed + 3]
+
+
+def write_parquet(path: Path, images: np.ndarray, labels: list[int]) -> Path:
+    """As ``datasets`` writes it."""
+    encoded = []
+    for image in images:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        encoded.append({"bytes": file.getvalue(), "path": None})
+    pq.write_table(pa.table({"image": encoded, "label": labels}), path)
+    return path
+
+
+def test_the_dataset_of_the_hub_is_read_where_the_caller_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, asked = some_images(4), []
+
+    def download(repo: str, name: str, repo_type: str) -> str:
+        asked.append((repo, name, repo_type))
+        return str(write_parquet(tmp_path / "part.parquet", images, [3, 1, 2, 9]))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setenv("MOE_ARTIFACTS_FASHION", "zalando-datasets/fashion_mnist")
+    data = load_fashion("test")
+    assert asked == [("zalando-datasets/fashion_mnist", "fashion_mnist/test-00000-of-00001.parquet", "dataset")]
+    np.testing.assert_array_equal(data.images.numpy(), images)
+    assert data.labels.tolist() == [3, 1, 2, 9]
+
+    monkeypatch.setenv("MOE_ARTIFACTS_FASHION", str(tmp_path))  # a folder is never asked of the Hub
+    with pytest.raises(FileNotFoundError, match="zalando-datasets/fashion_mnist"):
+        load_fashion("test")
+    assert len(asked) == 1
+
+
+def test_a_parquet_file_of_something_else_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for table in (pa.table({"text": ["x"]}), pa.table({"image": [{"bytes": b"no image"}], "label": [1]})):
+        pq.write_table(table, path)
+        with pytest.raises(ValueError, match=r"a\.parquet is no Parquet file with the columns image and label"):
+            read_parquet(path)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"a\.parquet"):
+        read_parquet(path)
 
 
 def test_missing_files_name_the_debian_package(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 
 from training.ancestor import train_ancestor
 from training.bundle import bundle, write_training_log
@@ -44,7 +45,10 @@ RECIPES = {"bundled": bundled}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=sorted(RECIPES))
-    RECIPES[parser.parse_args().recipe]()
+    parser.add_argument("--tracker", default="tensorboard", help="tensorboard, wandb, trackio or none")
+    args = parser.parse_args()
+    os.environ["MOE_ARTIFACTS_TRACKER"] = args.tracker
+    RECIPES[args.recipe]()
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ def work_folder() -> Path:
 class Stage:
     """The folder of one stage: ``log.txt``, its tracker files and its resumable state.
 
-    ``tracker`` is any name that accelerate knows: "tensorboard" (default), "wandb", "trackio" or "none".
+    The tracker is any that accelerate knows ("tensorboard", "wandb", "trackio") or "none": by default what
+    ``MOE_ARTIFACTS_TRACKER`` says, and TensorBoard without it.
     """
 
-    def __init__(self, name: str, tracker: str = "tensorboard") -> None:
+    def __init__(self, name: str, tracker: str | None = None) -> None:
         self.name = name
         self.folder = work_folder() / name
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,7 @@ class Stage:
             for handler in (logging.FileHandler(self.folder / "log.txt"), logging.StreamHandler(sys.stderr)):
                 handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s", "%H:%M:%S"))
                 self.log.addHandler(handler)
-        self._tracker_name = tracker
+        self._tracker_name = tracker or os.environ.get("MOE_ARTIFACTS_TRACKER", "tensorboard")
         self._accelerator: Any = None
 
     def track(self, step: int, **values: float) -> None:

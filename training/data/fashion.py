@@ -1,12 +1,15 @@
-"""Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747, MIT licence) from its idx files.
+"""Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747, MIT licence) from its idx files or from the Hub.
 
-28x28 grey images in ten classes, 60,000 to train and 10,000 held out. The default folder is where Debian's package
-``dataset-fashion-mnist`` puts the files.
+28x28 grey images in ten classes, 60,000 to train and 10,000 held out. By default they come from the idx files of Debian's
+package ``dataset-fashion-mnist``; ``MOE_ARTIFACTS_FASHION`` names another folder of idx files, or the dataset on the Hub
+(``zalando-datasets/fashion_mnist``), of which the Parquet files are read.
 """
 
 from __future__ import annotations
 
 import gzip
+import io
+import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -60,26 +63,61 @@ def read_idx(path: Path) -> np.ndarray:
     return values.reshape(shape)
 
 
-def load_fashion(split: str, folder: Path | None = None) -> LabelledImages:
-    """The "train" or "test" images.
+def read_parquet(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a Parquet file as ``datasets`` writes them: ``image`` holds an encoded file, ``label`` a number.
 
     Raises:
-        FileNotFoundError: Naming the Debian package that brings the files.
+        ValueError: If a column is missing, or an image cannot be read.
     """
-    folder = folder or DEBIAN_FOLDER
-    arrays = []
-    for stem in FILES[split]:
-        path = next((p for p in (folder / f"{stem}.gz", folder / stem) if p.exists()), None)
-        if path is None:
-            raise FileNotFoundError(
-                f"no {stem}(.gz) in {folder}: install Debian's package dataset-fashion-mnist (apt-get install "
-                "dataset-fashion-mnist), or name the folder that holds the four idx files"
-            )
-        arrays.append(read_idx(path))
-    images, labels = arrays
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        table = pq.read_table(path, columns=["image", "label"])
+        encoded = table["image"].combine_chunks().field("bytes")
+        images = [np.asarray(Image.open(io.BytesIO(cell.as_py())).convert("L")) for cell in encoded]
+    except (pa.ArrowException, KeyError, TypeError, UnidentifiedImageError) as error:
+        raise ValueError(f"{path} is no Parquet file with the columns image and label: {error}") from error
+    return np.stack(images), table["label"].to_numpy()
+
+
+def load_fashion(split: str, source: Path | str | None = None) -> LabelledImages:
+    """The "train" or "test" images.
+
+    Args:
+        source: A folder of idx files, or a dataset on the Hub ("owner/name"), which is the one case that uses the network;
+            by default what ``MOE_ARTIFACTS_FASHION`` says, or the Debian package's folder.
+    Raises:
+        FileNotFoundError: Naming the Debian package that brings the files.
+        ValueError: If the files are damaged or do not belong together.
+    """
+    source = source or os.environ.get("MOE_ARTIFACTS_FASHION") or DEBIAN_FOLDER
+    if _is_hub_id(source):
+        from huggingface_hub import hf_hub_download
+
+        name = f"fashion_mnist/{split}-00000-of-00001.parquet"
+        images, labels = read_parquet(Path(hf_hub_download(str(source), name, repo_type="dataset")))
+    else:
+        images, labels = (read_idx(_find(Path(source), stem)) for stem in FILES[split])
     if images.ndim != 3 or len(images) != len(labels):
-        raise ValueError(f"{folder}: {images.shape} images and {labels.shape} labels do not belong together")
+        raise ValueError(f"{source}: {images.shape} images and {labels.shape} labels do not belong together")
     return LabelledImages(torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _is_hub_id(source: Path | str) -> bool:
+    return isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~" and not Path(source).exists()
+
+
+def _find(folder: Path, stem: str) -> Path:
+    path = next((p for p in (folder / f"{stem}.gz", folder / stem) if p.exists()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"no {stem}(.gz) in {folder}: install Debian's package dataset-fashion-mnist (apt-get install "
+            "dataset-fashion-mnist), or set MOE_ARTIFACTS_FASHION to the folder that holds the four idx files, or to "
+            "zalando-datasets/fashion_mnist to download it from the Hub"
+        )
+    return path
 
 
 def to_rgb(images: Tensor) -> Tensor:
