@@ -22,7 +22,7 @@ The way of one image, stage by stage; each stage is one file that can be used an
     checkpoint.py config.py files.py shapes.py errors.py    what the rest stands on
     bundled/        a small text-to-image pipeline, its scorer and its judge
     offline.py      recorded trajectories scored folder by folder
-    demo.py         the bundled pipeline with and without the guard; report.py: its pictures
+    demo.py         the bundled pipeline with and without the guard; report.py: its pictures; schedulers.py: short names
     cli.py          the command moe-artifacts
 
 The public names below are imported when first used, so that ``import moe_artifacts`` does not import torch.
