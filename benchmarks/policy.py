@@ -37,7 +37,7 @@ from moe_artifacts.calibration.risks import Risk
 from moe_artifacts.errors import CalibrationError
 from moe_artifacts.policy import abort_columns, by_prompt, last_statistic, matched_threshold, outcome, perfect, spending
 
-SHARES = (0.5, 0.2, 0.3)  # of the prompts: fitting, calibration, test
+SHARES = (0.6, 0.2, 0.2)  # of the prompts: fitting, calibration, test
 LABELS = (("pooled", 0.2), ("pooled", 0.5), ("within", 0.2), ("within", 0.5))
 CONFIDENCE = 0.95
 CHOOSING_IMAGES = 80  # of each fitting prompt, on which steps are chosen
