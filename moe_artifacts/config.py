@@ -7,6 +7,7 @@ a newer version is never half understood.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import types
@@ -19,6 +20,11 @@ from moe_artifacts.errors import ConfigError
 FORMAT_VERSION = 1
 MAX_WIDTH = 65_536  # of any layer: a damaged config must fail before memory is taken for it
 MAX_EXPERTS = 1_024
+
+# How a pipeline lays out the latents that its scheduler holds, and what they become:
+# 2x2: (batch, height/2 * width/2, 4 * channels) tokens (Flux, Chroma, Qwen), to (batch, channels, height, width);
+# tokens: (batch, height * width, channels) (Flux 2, its 2x2 patches being channels), to (batch, channels, height, width).
+Packing = Literal["none", "2x2", "tokens"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -46,16 +52,34 @@ class LatentSpaceConfig:
 
     name: str  # for messages, e.g. "fashion" or "sd1"
     vae_class: str  # e.g. "AutoencoderKL"
-    channels: int
-    scaling_factor: float  # latents = (encoded - shift_factor) * scaling_factor
+    channels: int  # once unpacked
+    scaling_factor: float  # latents = ((encoded - shift_factor) - mean) / std * scaling_factor
     shift_factor: float = 0.0
-    downsampling: int = 8  # pixels per latent, along one side
+    downsampling: int = 8  # pixels per latent, along one side, once unpacked
+    packing: Packing = "none"
+    mean: tuple[float, ...] | None = (
+        None  # per channel, of what is encoded: with std, where a pipeline normalises by it
+    )
+    std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         _require_width("latent_space.channels", self.channels, 4_096)
         _require_width("latent_space.downsampling", self.downsampling, 1_024)
         ok = math.isfinite(self.scaling_factor) and self.scaling_factor > 0
         _require(ok, f"latent_space.scaling_factor must be a positive number, got {self.scaling_factor!r}")
+        ok = math.isfinite(self.shift_factor)
+        _require(ok, f"latent_space.shift_factor must be a finite number, got {self.shift_factor!r}")
+        packings = typing.get_args(Packing)
+        ok = self.packing in packings
+        _require(ok, f"latent_space.packing must be one of {', '.join(packings)}, got {self.packing!r}")
+        _require((self.mean is None) == (self.std is None), "latent_space.mean and latent_space.std come together")
+        for name, what in (("mean", "finite"), ("std", "positive")):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            low = 0.0 if what == "positive" else -math.inf
+            ok = len(values) == self.channels and all(math.isfinite(v) and v > low for v in values)
+            _require(ok, f"latent_space.{name} must be {self.channels} {what} numbers, one per channel, got {values!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -302,6 +326,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+_type_hints = functools.cache(typing.get_type_hints)  # 1 ms a call, and a run folder reads one config per attempt
+
+
 def from_dict(kind: type[ConfigT], values: Any, where: str = "config") -> ConfigT:
     """Build a config from plain JSON values, refusing unknown keys, missing keys and wrong types.
 
@@ -310,7 +337,7 @@ def from_dict(kind: type[ConfigT], values: Any, where: str = "config") -> Config
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be a JSON object, got {type(values).__name__}")
-    hints = typing.get_type_hints(kind)
+    hints = _type_hints(kind)  # type: ignore[arg-type]  # a class is hashable
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]  # only dataclasses come here
     if unknown := sorted(set(values) - set(fields)):
         raise ConfigError(

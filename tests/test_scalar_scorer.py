@@ -17,7 +17,7 @@ from moe_artifacts.accumulator import accumulate
 from moe_artifacts.config import ThresholdConfig
 from moe_artifacts.errors import CheckpointError, ConfigError, InputError, LatentSpaceError
 from moe_artifacts.guard.guard import ArtifactGuard
-from moe_artifacts.guard.request import latent_space_of
+from moe_artifacts.guard.space import latent_space_of
 from moe_artifacts.noise import progress
 from moe_artifacts.preview import LinearPreview
 from moe_artifacts.recorded import ScoredRuns
