@@ -13,8 +13,11 @@ The way of one image, stage by stage; each stage is one file that can be used an
 
     scorer.py       one step through stages 1 to 6
     scalar/         the same session on anybody's score: one number per image and step becomes a posterior
-    guard/          a scorer around a whole diffusers pipeline call
-    trajectory.py   the records and their files; recorded.py: as plain numbers, records.py record_files.py: from other files
+    guard/          a scorer around a whole diffusers pipeline call, and generate_clean around many of them
+    noise_tables.py latent_spaces.py    the same facts of every scheduler, and of every latent space
+    verdict.py trajectory.py trajectory_files.py    what became of an image; the records of a batch, and their files
+    recorded.py records.py record_files.py    recorded runs as plain numbers, and from other files
+    audit/          the false-abort rate of production runs, against the promise
     policy.py       what a rule does to recorded runs: false aborts, steps saved, cost per clean image
     racing/         best of N: a compute budget for the most promising candidates of a prompt
     calibrate.py calibrated.py held_back.py write_back.py    the command calibrate: find a threshold, say what it does, store it
@@ -23,7 +26,7 @@ The way of one image, stage by stage; each stage is one file that can be used an
     bundled/        a small text-to-image pipeline, its scorer and its judge
     offline.py      recorded trajectories scored folder by folder
     demo.py         the bundled pipeline with and without the guard; report.py: its pictures; schedulers.py: short names
-    cli.py          the command moe-artifacts
+    cli/            the command moe-artifacts, one file per sub-command
 
 The public names below are imported when first used, so that ``import moe_artifacts`` does not import torch.
 """
@@ -41,6 +44,7 @@ from moe_artifacts.errors import (
     InputError,
     LatentSpaceError,
     MoeArtifactsError,
+    ReproducibilityWarning,
     UnsupportedPipelineError,
 )
 
@@ -50,6 +54,7 @@ _MODULE_OF = {
     "ArtifactGuard": "moe_artifacts.guard.guard",
     "ArtifactScorer": "moe_artifacts.scorer",
     "Certified": "moe_artifacts.calibration",
+    "CleanRun": "moe_artifacts.guard.clean_run",
     "GuardedOutput": "moe_artifacts.guard.guard",
     "Race": "moe_artifacts.racing",
     "Risk": "moe_artifacts.calibration",
@@ -58,9 +63,11 @@ _MODULE_OF = {
     "StepScore": "moe_artifacts.scorer",
     "ThresholdConfig": "moe_artifacts.config",
     "Trajectory": "moe_artifacts.trajectory",
-    "Verdict": "moe_artifacts.trajectory",
+    "Verdict": "moe_artifacts.verdict",
     "bundled_pipeline": "moe_artifacts.bundled",
     "certify": "moe_artifacts.calibration",
+    "generate_clean": "moe_artifacts.guard.generate",
+    "read_run": "moe_artifacts.guard.run_folder",
 }
 
 __all__ = [
@@ -69,6 +76,7 @@ __all__ = [
     "CalibrationError",
     "Certified",
     "CheckpointError",
+    "CleanRun",
     "ConfigError",
     "GuardStateError",
     "GuardedOutput",
@@ -76,6 +84,7 @@ __all__ = [
     "LatentSpaceError",
     "MoeArtifactsError",
     "Race",
+    "ReproducibilityWarning",
     "Risk",
     "ScalarScorer",
     "ScoredRuns",
@@ -86,6 +95,8 @@ __all__ = [
     "Verdict",
     "bundled_pipeline",
     "certify",
+    "generate_clean",
+    "read_run",
 ]
 
 

@@ -26,7 +26,8 @@ from moe_artifacts.report import Picture, save_curves, save_grid
 from moe_artifacts.schedulers import SCHEDULERS, set_scheduler
 from moe_artifacts.scorer import ArtifactScorer
 from moe_artifacts.shapes import Preview
-from moe_artifacts.trajectory import Verdict, join_trajectories
+from moe_artifacts.trajectory import join_trajectories
+from moe_artifacts.verdict import Verdict
 
 BATCH = 48  # images at a time: with far fewer, so small a denoiser costs the same whatever leaves the batch
 PROMPTS = (

@@ -1,7 +1,7 @@
 """The exceptions of this library.
 
 Each names the argument, what was expected, what came and what to do next. All derive from ``ValueError`` or
-``RuntimeError`` as well, so callers need not know them.
+``RuntimeError`` as well, so callers need not know them. A warning stands apart from them.
 """
 
 
@@ -35,3 +35,7 @@ class CalibrationError(MoeArtifactsError, ValueError):
 
 class GuardStateError(MoeArtifactsError, RuntimeError):
     """The guard is already watching this scheduler, or is used in an order that cannot work."""
+
+
+class ReproducibilityWarning(UserWarning):
+    """An image that a guarded run keeps cannot be made again by itself."""

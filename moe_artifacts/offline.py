@@ -17,14 +17,8 @@ from moe_artifacts.embedder import state_sha256
 from moe_artifacts.errors import InputError
 from moe_artifacts.files import atomic_path, read_json
 from moe_artifacts.scorer import ArtifactScorer
-from moe_artifacts.trajectory import (
-    LATENTS_NAME,
-    META_NAME,
-    Trajectory,
-    iter_trajectories,
-    join_trajectories,
-    trajectory_folders,
-)
+from moe_artifacts.trajectory import Trajectory, join_trajectories
+from moe_artifacts.trajectory_files import LATENTS_NAME, META_NAME, iter_trajectories, trajectory_folders
 
 IMAGES_AT_ONCE = 32
 

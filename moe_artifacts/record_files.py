@@ -41,7 +41,8 @@ def read_raw(path: Path, key: str | None, num_steps: int | None) -> RawRecords:
 
 
 def _from_trajectories(path: Path) -> RawRecords:
-    from moe_artifacts.trajectory import iter_trajectories, join_trajectories
+    from moe_artifacts.trajectory import join_trajectories
+    from moe_artifacts.trajectory_files import iter_trajectories
 
     joined = join_trajectories(list(_without_latents(iter_trajectories(path, IMAGES_AT_ONCE))))
     known = [f"{prompt!r}, seed {seed}" for prompt, seed in zip(joined.prompts, joined.seeds, strict=True)]

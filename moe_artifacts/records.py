@@ -1,6 +1,6 @@
 """Recorded runs from files: what ``moe-artifacts calibrate`` reads, as :class:`Records`.
 
-    a folder        a trajectory folder, or a folder of them (moe_artifacts/trajectory.py)
+    a folder        a trajectory folder, or a folder of them (moe_artifacts/trajectory_files.py)
     .parquet .csv   long form, one row per image and scored step
     .npz            one array per column, or with ``key`` one [prompt image step] array of a published set of scores
 

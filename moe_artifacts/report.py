@@ -20,7 +20,8 @@ from moe_artifacts.calibrated import Calibrated
 from moe_artifacts.config import ThresholdConfig
 from moe_artifacts.errors import InputError
 from moe_artifacts.files import atomic_path
-from moe_artifacts.trajectory import Trajectory, Verdict
+from moe_artifacts.trajectory import Trajectory
+from moe_artifacts.verdict import Verdict
 
 # By what the judge says of the finished image. Two colours that colour-blind eyes tell apart (Okabe and Ito).
 COLOURS = {"artifacts": "#d55e00", "clean": "#0072b2"}

@@ -8,7 +8,8 @@ from PIL import Image
 from moe_artifacts.config import ThresholdConfig
 from moe_artifacts.errors import InputError
 from moe_artifacts.report import COLOURS, FRAME, LINE, OTHER_COLOUR, SIDE, Picture, save_curves, save_grid
-from moe_artifacts.trajectory import Trajectory, Verdict
+from moe_artifacts.trajectory import Trajectory
+from moe_artifacts.verdict import Verdict
 
 
 def picture(judged="clean", **changes):

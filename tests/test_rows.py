@@ -5,21 +5,14 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
-from moe_artifacts.errors import GuardStateError, InputError
-from moe_artifacts.guard.rows import LiveRows, conditioning_follows
+from moe_artifacts.errors import InputError
+from moe_artifacts.guard.rows import LiveRows
 
-
-class Denoiser(nn.Module):
-    """Keeps what it was called with."""
-
-    def forward(self, sample, timestep, encoder_hidden_states=None, timestep_cond=None):
-        self.seen = {"encoder_hidden_states": encoder_hidden_states, "timestep_cond": timestep_cond}
-        return sample
+drops = st.lists(st.sets(st.integers(0, 8)), max_size=5)
 
 
-@given(st.integers(1, 9), st.lists(st.sets(st.integers(0, 8)), max_size=5))
+@given(st.integers(1, 9), drops)
 def test_the_living_are_those_of_a_plain_list(size, kept):
     rows, expected = LiveRows(size), list(range(size))
     for some in kept:
@@ -36,6 +29,47 @@ def test_the_living_are_those_of_a_plain_list(size, kept):
     assert padded == [i + 1 if i in expected else 0 for i in range(size)]
 
 
+@given(st.integers(1, 9), drops, st.sets(st.integers(1, 9)).map(tuple))
+def test_the_running_batch_is_the_smallest_allowed_that_holds_the_living(size, kept, sizes):
+    rows = LiveRows(size, sizes)
+    for some in kept:
+        before = len(rows)
+        rows.keep(torch.tensor(sorted(place for place in some if place < len(rows.alive)), dtype=torch.int64))
+        living, running = rows.alive.tolist(), rows.running.tolist()
+        assert set(living) <= set(running)
+        assert running == sorted(running)
+        fitting = [s for s in sizes if len(living) <= s < before]
+        assert len(running) == (min(fitting, default=before) if living else 0)
+    rows.drop_passengers()
+    assert torch.equal(rows.running, rows.alive)
+
+
+@given(st.integers(1, 9), drops)
+def test_without_sizes_the_batch_stays_until_the_last_step(size, kept):
+    rows = LiveRows(size, sizes=())
+    for some in kept:
+        rows.keep(torch.tensor(sorted(place for place in some if place < len(rows.alive)), dtype=torch.int64))
+        assert len(rows) == (size if len(rows.alive) else 0)
+    batch = torch.arange(1.0, size + 1)
+    if len(rows.alive):
+        assert rows.pad(batch) is batch
+    rows.drop_passengers()
+    assert rows.take(batch).tolist() == (rows.alive + 1).tolist()
+
+
+def test_a_loop_that_keeps_its_batch_holds_all_rows_until_the_last_step():
+    rows, batch = LiveRows(4, loop_keeps_all=True), torch.arange(4.0)
+    rows.keep(torch.tensor([1, 3]))
+    assert rows.running.tolist() == [1, 3]
+    assert rows.held.tolist() == [0, 1, 2, 3]
+    assert rows.take(batch) is batch
+    assert rows.pad(batch) is batch
+    assert rows.places(rows.alive).tolist() == [1, 3]
+    rows.drop_passengers()
+    assert rows.take(batch).tolist() == [1, 3]
+    assert rows.places(rows.alive).tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("places", [[1, 0], [0, 0], [2], [-1]])
 def test_rows_out_of_order_or_out_of_range_are_refused(places):
     rows = LiveRows(4)
@@ -48,45 +82,6 @@ def test_nothing_is_copied_while_all_rows_live():
     rows, batch = LiveRows(3), torch.zeros(3, 2)
     assert rows.pad(batch) is batch
     assert rows.take(batch) is batch
-
-
-@pytest.mark.parametrize("copies", [1, 2])
-def test_the_denoiser_gets_the_conditioning_of_the_living(copies):
-    denoiser, rows = Denoiser(), LiveRows(4)
-    embeds = torch.arange(4.0 * copies).view(-1, 1, 1)
-    with conditioning_follows(rows, denoiser):
-        denoiser(torch.zeros(4 * copies, 1), 0, encoder_hidden_states=embeds, timestep_cond=None)
-        assert denoiser.seen["encoder_hidden_states"] is embeds
-        rows.keep(torch.tensor([1, 3]))
-        denoiser(torch.zeros(2 * copies, 1), 0, encoder_hidden_states=embeds, timestep_cond=None)
-    assert denoiser.seen["encoder_hidden_states"].flatten().tolist() == [1, 3, 5, 7][: 2 * copies]
-    assert denoiser.seen["timestep_cond"] is None
-
-
-def test_the_hook_is_gone_afterwards_whatever_happened():
-    denoiser, rows = Denoiser(), LiveRows(2)
-    with pytest.raises(KeyboardInterrupt), conditioning_follows(rows, denoiser):
-        raise KeyboardInterrupt
-    assert not denoiser._forward_pre_hooks
-    rows.keep(torch.tensor([0]))
-    denoiser(torch.zeros(2, 1), 0, encoder_hidden_states=torch.zeros(2, 1, 1))
-    assert len(denoiser.seen["encoder_hidden_states"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("sample_rows", "embed_rows", "told"),
-    [
-        (3, 4, "got 3 rows while 2 of 4 images are alive"),
-        (6, 4, "got 6 rows while 2 of 4"),
-        (2, 2, "encoder_hidden_states with 2 rows, expected 4"),
-        (4, 4, "encoder_hidden_states with 4 rows, expected 8"),
-    ],
-)
-def test_a_batch_that_does_not_fit_is_an_error_not_a_broadcast(sample_rows, embed_rows, told):
-    denoiser, rows = Denoiser(), LiveRows(4)
-    rows.keep(torch.tensor([0, 2]))
-    with conditioning_follows(rows, denoiser), pytest.raises(GuardStateError, match=told):
-        denoiser(torch.zeros(sample_rows, 1), 0, encoder_hidden_states=torch.zeros(embed_rows, 1, 1))
 
 
 def test_rows_of_a_real_unet_do_not_depend_on_their_neighbours():

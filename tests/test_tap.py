@@ -10,7 +10,7 @@ import tiny
 import torch
 from diffusers import DDIMScheduler
 
-from moe_artifacts.errors import GuardStateError
+from moe_artifacts.errors import GuardStateError, UnsupportedPipelineError
 from moe_artifacts.guard.rows import LiveRows
 from moe_artifacts.guard.tap import AllRowsGone, SchedulerTap
 from moe_artifacts.noise import noise_levels, predict_x0
@@ -74,6 +74,21 @@ def test_a_run_that_begins_later_shows_the_levels_it_uses(name):
     assert [step.level for step in shown] == noise_levels(scheduler)[2:]
 
 
+@pytest.mark.parametrize("begin", [1, 2])
+def test_the_length_of_the_loop_tells_where_a_run_began_whose_timestep_stands_twice(begin):
+    scheduler, shown = tiny.SCHEDULERS["pndm"](), []
+    scheduler.set_timesteps(STEPS)
+    assert scheduler.timesteps[1] == scheduler.timesteps[2]
+    length = len(scheduler.timesteps) - begin
+    with SchedulerTap(scheduler, lambda step: shown.append(step), LiveRows(4), num_steps=lambda: length):
+        denoise(scheduler, noise(), begin=begin)
+    assert [step.level for step in shown] == noise_levels(scheduler, begin)
+    assert shown[-1].is_last
+    with pytest.raises(UnsupportedPipelineError, match="stands at the places"):
+        with SchedulerTap(scheduler, see_nothing, LiveRows(4)):
+            denoise(scheduler, noise(), begin=begin)
+
+
 def test_x0_is_computed_only_when_asked_for(monkeypatch):
     calls = []
     monkeypatch.setattr("moe_artifacts.guard.tap.predict_x0", lambda *args: calls.append(1) or args[2])
@@ -112,6 +127,37 @@ def test_rows_that_stay_are_the_same_bits_as_in_the_full_run(name, how, return_d
             found = denoise(scheduler, noise(), generator(), return_dict=return_dict)
     assert rows.alive.tolist() == [3]
     assert torch.equal(found, full[3:])
+
+
+@pytest.mark.parametrize("return_dict", [False, True])
+def test_passengers_leave_with_the_last_step(return_dict):
+    scheduler, shrunk, sizes = tiny.SCHEDULERS["unipc"](), [], []
+    rows = LiveRows(4, sizes=(3,))
+
+    def keep(step):
+        sizes.append(len(step.sample))
+        return torch.tensor([1, 2]) if step.index == 1 else None
+
+    with SchedulerTap(scheduler, keep, rows, on_shrink=lambda: shrunk.append(len(rows))):
+        found = denoise(scheduler, noise(), return_dict=return_dict)
+    assert sizes == [4, 4, 3, 3, 3, 3]
+    assert shrunk == [3, 2]
+    assert torch.equal(found, denoise(tiny.SCHEDULERS["unipc"](), noise())[[1, 2]])
+
+
+def test_a_loop_that_keeps_its_batch_gets_it_back_until_the_last_step():
+    scheduler, shrunk, sizes = tiny.SCHEDULERS["unipc"](), [], []
+    rows = LiveRows(4, loop_keeps_all=True)
+
+    def keep(step):
+        sizes.append(len(step.prev_sample))
+        return torch.tensor([1, 2]) if step.index == 1 else None
+
+    with SchedulerTap(scheduler, keep, rows, on_shrink=lambda: shrunk.append(len(rows))):
+        found = denoise(scheduler, noise())
+    assert sizes == [4] * 6
+    assert shrunk == [2]
+    assert torch.equal(found, denoise(tiny.SCHEDULERS["unipc"](), noise())[[1, 2]])
 
 
 def test_generators_of_the_caller_end_where_they_would_have_ended():
@@ -164,6 +210,16 @@ def test_the_scheduler_is_restored_whatever_happens(error):
     assert scheduler.step == type(scheduler).step.__get__(scheduler)
     pickle.dumps(scheduler)
     copy.deepcopy(scheduler)
+
+
+@pytest.mark.parametrize("take_away", [copy.deepcopy, pickle.dumps])
+def test_a_copy_would_take_the_steps_of_the_original_so_there_is_none(take_away):
+    scheduler = tiny.SCHEDULERS["dpm"]()
+    with SchedulerTap(scheduler, see_nothing, LiveRows(4)):
+        with pytest.raises(GuardStateError, match="a scheduler that a guard is watching cannot be copied or pickled"):
+            take_away(scheduler)
+        type(scheduler).from_config(scheduler.config)  # a new one of the same kind is no copy
+    take_away(scheduler)
 
 
 def test_what_pipelines_learn_from_the_signature_of_step_stays_the_same():
@@ -220,5 +276,7 @@ def test_a_batch_that_grew_back_is_an_error():
         t = scheduler.timesteps
         one = scheduler.step(noise(), t[0], noise(), return_dict=False)[0]
         assert len(one) == 1
-        with pytest.raises(GuardStateError, match="model_output with 4 and sample with 1 rows while 1 of 4"):
+        with pytest.raises(
+            GuardStateError, match="model_output with 4 and sample with 1 rows while 1 of 4 are expected"
+        ):
             scheduler.step(noise(), t[1], one, return_dict=False)

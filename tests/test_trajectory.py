@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from moe_artifacts.errors import InputError
-from moe_artifacts.trajectory import Trajectory, iter_trajectories
+from moe_artifacts.trajectory import Trajectory
+from moe_artifacts.trajectory_files import iter_trajectories
 
 STEPS = [2, 5, 9]
 
@@ -101,7 +102,7 @@ def test_a_folder_of_folders_is_read_in_the_order_of_names(tmp_path):
 
 def test_only_the_latents_of_one_part_are_read(folder, monkeypatch):
     read = []
-    monkeypatch.setattr("moe_artifacts.trajectory.safe_open", lambda path, **kwargs: _Recording(path, read))
+    monkeypatch.setattr("moe_artifacts.trajectory_files.safe_open", lambda path, **kwargs: _Recording(path, read))
     list(iter_trajectories(folder, batch_size=3))
     assert read == [slice(0, 3), slice(3, 4)]
 

@@ -152,6 +152,10 @@ class ScriptedScorer:
         self.seen: list[tuple[list[int], Tensor, float, Tensor | None]] = []
         self.prompts: list[str] | None = None
 
+    def preview(self, latents: Tensor) -> Tensor:
+        """Three channels of the latents."""
+        return (0.5 + 0.1 * latents[:, :3]).clamp(0, 1)
+
     def session(self, batch_size: int, prompts: list[str] | None = None) -> ScriptedSession:
         self.prompts, self.seen = prompts, []
         return ScriptedSession(self, batch_size)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from moe_artifacts.config import ThresholdConfig
-from moe_artifacts.trajectory import Trajectory, Verdict
+from moe_artifacts.trajectory import Trajectory
+from moe_artifacts.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class GuardedOutput:
     """The images that were kept, and what became of every image asked for.
 
     With ``on_abort="record"`` all images are kept and bit-identical to the unwatched run; the verdicts then say what
-    "drop" would have done.
+    "drop" would have done. Steps are counted as they were run, also for images that were aborted but stayed in the batch
+    ("mask", ``drop_sizes``).
     """
 
     images: Any  # kept ones, in the order asked for, as ``output_type`` says
@@ -40,6 +42,9 @@ class GuardedOutput:
     setting: Setting
     rule: ThresholdConfig | None
     recorded: bool  # on_abort="record"
+    audited_indices: list[int] = field(default_factory=list)  # would have been aborted, and were finished
+    audited_images: Any = field(default_factory=list)  # those, as ``images`` has the others
+    last_previews: dict[int, Tensor] = field(default_factory=dict)  # of aborted and rejected images: RGB in [0, 1], CPU
 
     def report(self) -> str:
         """What happened, in one line, and what the threshold promises, in another."""
@@ -49,12 +54,15 @@ class GuardedOutput:
         num_steps = self.trajectory.num_steps
         # Steps are counted from 1 here, as "9 of 50": then 41 of this image's steps were not run.
         aborted = sorted(v.step + 1 for v in self.verdicts if v.status == "aborted" and v.step is not None)
+        audited = sum(v.status == "audited" for v in self.verdicts)
         rejected = sum(v.status == "rejected" for v in self.verdicts)
         errors = sum(v.status == "error" for v in self.verdicts)
         would = "would be " if self.recorded else ""
         parts = [f"{len(self.kept_indices)} kept"]
         if aborted:
             parts.append(f"{len(aborted)} {would}aborted at {_steps(aborted)} of {num_steps}")
+        if audited:
+            parts.append(f"{audited} finished for the audit")
         if rejected:
             parts.append(f"{rejected} {would}rejected at the last step")
         if errors:
@@ -68,15 +76,26 @@ class GuardedOutput:
         return f"{len(self.verdicts)} images: {', '.join(parts)}; {saved} of {self.steps_full} denoiser steps {ending}"
 
 
-def no_images(output_type: str, latent_shape: tuple[int, ...], downsampling: int) -> Any:
-    """A batch of no images, of the type that ``output_type`` asks for, so that batches can be put together blindly."""
-    channels, height, width = latent_shape
+def select_images(images: Any, places: list[int]) -> Any:
+    """Some of a pipeline's images, a list, an array or a tensor, as what they came; ``images`` itself if all are meant."""
+    if places == list(range(len(images))):
+        return images
+    return [images[k] for k in places] if isinstance(images, list) else images[places]
+
+
+def no_images(output_type: str, no_latents: Tensor, size: tuple[int, int]) -> Any:
+    """A batch of no images, of the type that ``output_type`` asks for, so that batches can be put together blindly.
+
+    Args:
+        no_latents: Latents of no row, as the scheduler holds them.
+        size: Height and width of the images in pixels.
+    """
     if output_type == "latent":
-        return torch.empty(0, channels, height, width)
+        return no_latents
     if output_type == "pt":
-        return torch.empty(0, 3, height * downsampling, width * downsampling)
+        return no_latents.new_empty(0, 3, *size)
     if output_type == "np":
-        return np.empty((0, height * downsampling, width * downsampling, 3), dtype=np.float32)
+        return np.empty((0, *size, 3), dtype=np.float32)
     return []
 
 

@@ -1,25 +1,23 @@
 """What is asked of the pipeline: read, and checked for what the guard cannot do, before the first step.
 
-Supporting a further pipeline means: its class here, its batched denoiser arguments in rows.py, and the tests of
-tests/test_guard.py that compare the rows of a run that loses some with those of the undisturbed run.
+Pipelines name their arguments alike, but none has all of them: what a pipeline lacks is simply not there.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from moe_artifacts.config import LatentSpaceConfig
-from moe_artifacts.errors import InputError, LatentSpaceError, UnsupportedPipelineError
+from moe_artifacts.errors import InputError, UnsupportedPipelineError
+from moe_artifacts.guard.pipelines import PipelineSpec, spec_of
 from moe_artifacts.noise import require_supported
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,13 @@ class Request:
     batch_size: int
     prompts: list[str] | None  # one per image; None where only embeddings were given
     seeds: list[int | None]  # one per image, where each has a generator of its own
-    num_inference_steps: int | None  # None: the caller gave a grid of his own
+    num_inference_steps: int | None  # None: a grid of the caller's own, or a part of one (img2img)
     guidance_scale: float
     output_type: str
+    height: int | None  # pixels, as given or the default; None: that of an image given
+    width: int | None
+    return_dict: bool
+    generator_kind: Literal["none", "single", "list"]
 
 
 def denoiser_of(pipe: Any) -> nn.Module:
@@ -40,17 +42,12 @@ def denoiser_of(pipe: Any) -> nn.Module:
     Raises:
         UnsupportedPipelineError: If the pipeline is not known to work with the guard.
     """
-    from diffusers import StableDiffusionPipeline
-
-    known = type(pipe) is StableDiffusionPipeline  # not isinstance: a subclass may have another loop
-    if not known:
-        raise UnsupportedPipelineError(
-            f"pipe is a {type(pipe).__name__}; the guard supports StableDiffusionPipeline (not its subclasses)"
-        )
-    return pipe.unet
+    return getattr(pipe, spec_of(pipe).denoiser)
 
 
-def read_request(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], prompts: list[str] | None) -> Request:
+def read_request(
+    pipe: Any, spec: PipelineSpec, args: tuple[Any, ...], kwargs: dict[str, Any], prompts: list[str] | None
+) -> Request:
     """Read the arguments of a call of ``pipe``, refusing what the guard cannot treat correctly.
 
     Args:
@@ -63,7 +60,7 @@ def read_request(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], promp
     bound = inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs)
     bound.apply_defaults()
     asked = bound.arguments
-    _refuse_unsupported(asked)
+    _refuse_unsupported(asked, spec)
 
     copies = asked["num_images_per_prompt"]
     if not isinstance(copies, int) or copies < 1:
@@ -71,70 +68,70 @@ def read_request(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], promp
     texts = _prompts(asked["prompt"], prompts, asked["prompt_embeds"])
     rows = len(texts) if texts is not None else len(asked["prompt_embeds"])
     batch_size = rows * copies
-    latents = asked["latents"]
+    latents = asked.get("latents")
     if latents is not None and len(latents) != batch_size:
         raise InputError(f"latents has {len(latents)} rows, expected {batch_size}: one per image")
-    own_grid = asked["timesteps"] is not None or asked["sigmas"] is not None
+    generator_kind, seeds = _generators(asked["generator"], batch_size)
+    height, width = _size(pipe, spec, asked)
     return Request(
         batch_size=batch_size,
         prompts=None if texts is None else [text for text in texts for _ in range(copies)],
-        seeds=_seeds(asked["generator"], batch_size),
-        num_inference_steps=None if own_grid else asked["num_inference_steps"],
-        guidance_scale=float(asked["guidance_scale"]),
+        seeds=seeds,
+        num_inference_steps=None if _has_own_grid(asked) else asked["num_inference_steps"],
+        guidance_scale=_guidance_scale(asked),
         output_type=asked["output_type"],
+        height=height,
+        width=width,
+        return_dict=bool(asked["return_dict"]),
+        generator_kind=generator_kind,
     )
 
 
-def latent_space_of(pipe: Any, name: str) -> LatentSpaceConfig:
-    """What makes the latents of a pipeline comparable with others.
-
-    Args:
-        name: For messages, e.g. "sd1".
-    """
-    config = pipe.vae.config
-    return LatentSpaceConfig(
-        name=name,
-        vae_class=type(pipe.vae).__name__,
-        channels=pipe.unet.config.in_channels,
-        scaling_factor=float(config.scaling_factor),
-        shift_factor=float(config.get("shift_factor") or 0.0),
-        downsampling=pipe.vae_scale_factor,
-    )
-
-
-def check_latent_space(pipe: Any, space: LatentSpaceConfig) -> None:
-    """Refuse a pipeline whose latents mean something else than those the scorer was trained on.
-
-    Raises:
-        LatentSpaceError: Naming everything that differs.
-    """
-    found = dataclasses.asdict(latent_space_of(pipe, space.name))
-    differences = [
-        f"{name} {value!r} instead of {getattr(space, name)!r}"
-        for name, value in found.items()
-        if not _same(value, getattr(space, name))
-    ]
-    if differences:
-        raise LatentSpaceError(
-            f"the scorer was trained on the latent space {space.name!r}, the pipeline has another one: "
-            f"{', '.join(differences)}; use a scorer made for this pipeline"
-        )
-
-
-def _refuse_unsupported(asked: dict[str, Any]) -> None:
-    if asked["ip_adapter_image"] is not None or asked["ip_adapter_image_embeds"] is not None:
-        raise UnsupportedPipelineError("ip_adapter_image and ip_adapter_image_embeds are not supported by the guard")
-    if others := sorted(set(asked["cross_attention_kwargs"] or {}) - {"scale"}):
-        raise UnsupportedPipelineError(
-            f"cross_attention_kwargs {others} are not supported by the guard: they may hold one entry per image. "
-            "Only 'scale' (LoRA) is"
-        )
-    if not asked["return_dict"]:
-        raise UnsupportedPipelineError("return_dict=False is not supported: the guard returns a GuardedOutput")
+def _refuse_unsupported(asked: dict[str, Any], spec: PipelineSpec) -> None:
+    for name, reason in spec.refused_arguments.items():
+        if asked.get(name) is not None:
+            raise UnsupportedPipelineError(f"{name} is not supported by the guard: {reason}")
+    for name in ATTENTION_KWARGS:
+        inputs = spec.batched | spec.shared
+        known = {"scale"} | {key.removeprefix(f"{name}.") for key in inputs if key.startswith(f"{name}.")}
+        if others := sorted(set(asked.get(name) or {}) - known):
+            raise UnsupportedPipelineError(
+                f"{name} {others} are not supported by the guard: they may hold one entry per image. "
+                "Only 'scale' (LoRA) is"
+            )
     if asked["output_type"] not in OUTPUT_TYPES:
         raise UnsupportedPipelineError(
             f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {asked['output_type']!r}"
         )
+
+
+def _has_own_grid(asked: dict[str, Any]) -> bool:
+    given = any(asked.get(name) is not None for name in ("timesteps", "sigmas", "denoising_start"))
+    return given or asked.get("strength", 1.0) != 1.0
+
+
+def _guidance_scale(asked: dict[str, Any]) -> float:
+    """The scale of the guidance by two denoiser calls where there is one, else that which the denoiser is told."""
+    true_scale = asked.get("true_cfg_scale")
+    negative = any(asked.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+    if true_scale is not None and true_scale > 1.0 and negative:
+        return float(true_scale)
+    return 1.0 if asked["guidance_scale"] is None else float(asked["guidance_scale"])
+
+
+def _size(pipe: Any, spec: PipelineSpec, asked: dict[str, Any]) -> tuple[int | None, int | None]:
+    control = asked.get("control_image")
+    if spec.default_size == "control" and isinstance(control, torch.Tensor):
+        return control.shape[-2], control.shape[-1]
+    height, width = asked.get("height"), asked.get("width")
+    if (height and width) or spec.default_size == "image":
+        return height, width
+    if isinstance(spec.default_size, int):
+        return height or spec.default_size, width or spec.default_size
+    of_denoiser = spec.default_size == "denoiser"
+    size = getattr(pipe, spec.denoiser).config.sample_size if of_denoiser else pipe.default_sample_size
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return height or rows * pipe.vae_scale_factor, width or columns * pipe.vae_scale_factor
 
 
 def _prompts(prompt: Any, texts: list[str] | None, embeds: Any) -> list[str] | None:
@@ -156,19 +153,14 @@ def _prompts(prompt: Any, texts: list[str] | None, embeds: Any) -> list[str] | N
     return given
 
 
-def _seeds(generator: Any, batch_size: int) -> list[int | None]:
-    if isinstance(generator, torch.Generator) and batch_size == 1:
-        generator = [generator]
-    if generator is None or isinstance(generator, torch.Generator):
-        return [None] * batch_size
+def _generators(generator: Any, batch_size: int) -> tuple[Literal["none", "single", "list"], list[int | None]]:
+    """How random numbers are drawn, and the seed of each image that has a generator of its own."""
+    if generator is None:
+        return "none", [None] * batch_size
+    if isinstance(generator, torch.Generator):
+        return "single", [generator.initial_seed()] if batch_size == 1 else [None] * batch_size
     if not isinstance(generator, list) or not all(isinstance(g, torch.Generator) for g in generator):
         raise InputError(f"generator must be a torch.Generator or a list of them, got {type(generator).__name__}")
     if len(generator) != batch_size:
         raise InputError(f"generator is a list of {len(generator)}, expected {batch_size}: one per image")
-    return [g.initial_seed() for g in generator]
-
-
-def _same(found: str | int | float, expected: str | int | float) -> bool:
-    if isinstance(found, float) and isinstance(expected, float):
-        return math.isclose(found, expected, rel_tol=1e-5)  # configs may have been stored in float32
-    return found == expected
+    return "list", [g.initial_seed() for g in generator]

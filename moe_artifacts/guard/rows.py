@@ -5,108 +5,109 @@ batch smaller. Two parties still count on the full batch, and each is served in 
 
 * The scheduler keeps past model outputs (PNDM, DPM-Solver, UniPC) and draws noise for the shape it is given, row by row
   of a generator list or in one block. It goes on seeing the full batch, with zeros in the rows that have left: its
-  state never has to be cut, where one tensor forgotten would be broadcast silently over the last living row, and every
+  state never has to be cut, where one tensor forgotten would be broadcast silently over the last running row, and every
   random number falls where it would have fallen. This costs a few elementwise operations.
-* The denoiser, whose calls are the cost to be saved, sees the living rows only. Its latents have shrunk already; the
-  prompt embeddings, which the loop holds at full size, are cut in a forward pre-hook.
+* The denoiser, whose calls are the cost to be saved, sees the running rows only. Its latents have shrunk already; the
+  prompt embeddings, which the loop holds at full size, are cut in a forward pre-hook: conditioning.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe_artifacts.errors import GuardStateError, InputError
+from moe_artifacts.errors import InputError
 from moe_artifacts.shapes import Rows
-
-# Keyword arguments of a denoiser with one row per image, or with two where classifier-free guidance doubles the batch.
-BATCHED_KWARGS = ("encoder_hidden_states", "timestep_cond")
 
 
 class LiveRows:
-    """Which rows of a batch are still being denoised.
+    """Which rows of a batch are alive, that is still wanted, which are running, and which the pipeline's latents hold.
 
+    Only the living rows matter. A dead row runs on as a passenger where the batch must not shrink to any size, and
+    leaves with the last step at the latest.
+
+    Args:
+        batch_size: Rows at the start.
+        sizes: What the running batch may shrink to; None: to any size, (): not at all before the last step.
+        loop_keeps_all: The pipeline's loop counts on the full batch to the end: rows leave in the denoiser only.
     Example:
-        >>> rows = LiveRows(4)
-        >>> rows.keep(torch.tensor([0, 3]))
+        >>> rows = LiveRows(8, sizes=(4, 2, 1))
+        >>> rows.keep(torch.tensor([0, 5, 7]))
+        >>> rows.alive.tolist(), rows.running.tolist()
+        ([0, 5, 7], [0, 1, 5, 7])
         >>> rows.keep(torch.tensor([1]))  # counts among the living
-        >>> rows.alive.tolist()
-        [3]
+        >>> rows.alive.tolist(), rows.running.tolist()
+        ([5], [5])
         >>> rows.pad(torch.tensor([7.0])).tolist()
-        [0.0, 0.0, 0.0, 7.0]
+        [0.0, 0.0, 0.0, 0.0, 0.0, 7.0, 0.0, 0.0]
     """
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, sizes: Sequence[int] | None = None, *, loop_keeps_all: bool = False) -> None:
         self.batch_size = batch_size
         self.alive: Rows = torch.arange(batch_size)  # places in the full batch, rising
+        self.running: Rows = self.alive  # the same, with the passengers among them: what the denoiser is called with
+        self._all: Rows = self.alive
+        self._sizes = sizes
+        self._loop_keeps_all = loop_keeps_all
 
     def __len__(self) -> int:
-        return len(self.alive)
+        """Number of running rows."""
+        return len(self.running)
 
     @property
     def complete(self) -> bool:
-        return len(self.alive) == self.batch_size
+        """Whether the whole batch runs."""
+        return len(self) == self.batch_size
+
+    @property
+    def held(self) -> Rows:
+        """Places in the full batch of the rows that the pipeline's latents hold: the running ones, or all."""
+        return self._all if self._loop_keeps_all else self.running
 
     def keep(self, rows: Rows) -> None:
-        """Go on with these of the living rows.
+        """Keep these of the living rows alive; the running ones become as few as the sizes allow.
 
         Raises:
             InputError: If they do not rise, or are not living rows: the order of a batch never changes.
         """
-        places = rows.tolist()
-        if places != sorted(set(places)) or any(not 0 <= place < len(self) for place in places):
-            raise InputError(f"rows must be rising indices below {len(self)}, the number of living rows, got {places}")
+        places, living = rows.tolist(), len(self.alive)
+        if places != sorted(set(places)) or any(not 0 <= place < living for place in places):
+            raise InputError(f"rows must be rising indices below {living}, the number of living rows, got {places}")
         self.alive = self.alive[rows.cpu()]
+        self._shrink_to(self._smallest_size())
 
-    def pad(self, living: Tensor) -> Tensor:
-        """The full batch, with zeros in the rows that have left; ``living`` itself while all rows live."""
-        if self.complete:
-            return living
-        full = living.new_zeros((self.batch_size, *living.shape[1:]))
-        full[self.alive.to(living.device)] = living
+    def drop_passengers(self) -> None:
+        """After the last denoiser call: nothing is to be filled up any more, and only the living are to be decoded."""
+        self._shrink_to(len(self.alive))
+        self._loop_keeps_all = False
+
+    def pad(self, held: Tensor) -> Tensor:
+        """The full batch, with zeros in the rows that have left; ``held`` itself while none has."""
+        if len(self.held) == self.batch_size:
+            return held
+        full = held.new_zeros((self.batch_size, *held.shape[1:]))
+        full[self.held.to(held.device)] = held
         return full
 
     def take(self, full: Tensor, copies: int = 1) -> Tensor:
-        """The living rows of a full batch, or of ``copies`` full batches one after the other; ``full`` if all live."""
-        if self.complete:
+        """The held rows of a full batch, or of ``copies`` full batches one after the other; ``full`` if all are held."""
+        if len(self.held) == self.batch_size:
             return full
-        return full.unflatten(0, (copies, self.batch_size))[:, self.alive.to(full.device)].flatten(0, 1)
+        return full.unflatten(0, (copies, self.batch_size))[:, self.held.to(full.device)].flatten(0, 1)
 
+    def places(self, rows: Rows) -> Rows:
+        """Where these rows of the full batch stand among the held ones; both rise."""
+        return torch.searchsorted(self.held, rows)
 
-@contextlib.contextmanager
-def conditioning_follows(rows: LiveRows, denoiser: nn.Module) -> Iterator[None]:
-    """While open, ``denoiser`` is called with the conditioning of the living rows.
+    def _smallest_size(self) -> int:
+        living = len(self.alive)
+        if self._sizes is None or not living:
+            return living
+        return min((size for size in self._sizes if living <= size < len(self)), default=len(self))
 
-    Under classifier-free guidance the batch holds every image twice, all unconditional rows first: image k is row k of
-    both halves.
-    """
-
-    def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if rows.complete:
-            return None
-        sample = args[0] if args else kwargs["sample"]
-        copies, rest = divmod(len(sample), len(rows))
-        if rest or copies not in (1, 2):
-            raise GuardStateError(
-                f"the denoiser got {len(sample)} rows while {len(rows)} of {rows.batch_size} images are alive: "
-                "something else changed the size of the batch during the run"
-            )
-        batched = {name: kwargs[name] for name in BATCHED_KWARGS if kwargs.get(name) is not None}
-        for name, value in batched.items():
-            if len(value) != copies * rows.batch_size:
-                raise GuardStateError(
-                    f"the denoiser got {name} with {len(value)} rows, expected {copies * rows.batch_size}: the guard "
-                    "itself takes the rows that have left out of the conditioning"
-                )
-        return args, kwargs | {name: rows.take(value, copies) for name, value in batched.items()}
-
-    # First of all hooks, so that those of others meet a batch that fits together.
-    handle = denoiser.register_forward_pre_hook(cut, prepend=True, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def _shrink_to(self, size: int) -> None:
+        dead = self.running[~torch.isin(self.running, self.alive)]
+        passengers = dead[: size - len(self.alive)]
+        self.running = torch.cat([self.alive, passengers]).sort().values

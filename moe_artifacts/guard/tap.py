@@ -14,12 +14,13 @@ from functools import cached_property
 from types import TracebackType
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from moe_artifacts.errors import GuardStateError
 from moe_artifacts.guard.rows import LiveRows
-from moe_artifacts.noise import NoiseLevel, noise_levels, predict_x0
-from moe_artifacts.shapes import Latents, Rows
+from moe_artifacts.noise import NoiseLevel, first_index, noise_levels, predict_x0
+from moe_artifacts.shapes import Rows
 
 _entering = threading.Lock()  # two threads that tap one scheduler at the same moment
 
@@ -31,13 +32,13 @@ class AllRowsGone(Exception):
 
 @dataclass
 class TappedStep:
-    """One call of ``scheduler.step``. All tensors hold the living rows."""
+    """One call of ``scheduler.step``. All tensors hold the rows of the pipeline's latents, ``LiveRows.held``."""
 
     index: int  # place in the denoising loop
     levels: list[NoiseLevel]  # of the whole loop
-    model_output: Latents  # after guidance
-    sample: Latents  # what the model output belongs to, at ``level``
-    prev_sample: Latents  # what the step returned, at the next level
+    model_output: Float[Tensor, "batch ..."]  # after guidance; latents, or the tokens some pipelines make of them
+    sample: Float[Tensor, "batch ..."]  # what the model output belongs to, at ``level``
+    prev_sample: Float[Tensor, "batch ..."]  # what the step returned, at the next level
     scheduler: Any
 
     @property
@@ -53,7 +54,7 @@ class TappedStep:
         return self.index == len(self.levels) - 1
 
     @cached_property
-    def x0(self) -> Latents:
+    def x0(self) -> Float[Tensor, "batch ..."]:
         """Prediction of the clean latents, float32; computed when first asked for."""
         return predict_x0(self.scheduler, self.model_output, self.sample, self.level)
 
@@ -67,16 +68,29 @@ class SchedulerTap:
     The observer runs after the scheduler's own step. On leaving, by whatever way, the scheduler is as it was: ``step``
     is replaced on the instance, not on the class.
 
+    Args:
+        on_shrink: Called when fewer rows go on than before.
+        num_steps: Asked once, in the first step: the length of the loop, where the pipeline tells. It is needed where an
+            image-to-image run begins at a timestep that stands twice in the schedule.
     Raises:
         GuardStateError: On entering, if the scheduler is tapped already. In a step, if it comes from another thread, or
-            with another number of rows than are alive: one row would be broadcast silently against the old batch.
+            with another number of rows than were left: one row would be broadcast silently against the old batch.
+            Also where a tapped scheduler is copied deeply or pickled.
         AllRowsGone: In a step, once the observer keeps no row.
     """
 
-    def __init__(self, scheduler: Any, observe: Observer, rows: LiveRows) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        observe: Observer,
+        rows: LiveRows,
+        on_shrink: Callable[[], None] = lambda: None,
+        num_steps: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self._scheduler = scheduler
         self._observe = observe
         self._rows = rows
+        self._on_shrink, self._num_steps = on_shrink, num_steps
         self._calls = 0
         self._levels: list[NoiseLevel] = []
 
@@ -101,55 +115,70 @@ class SchedulerTap:
         else:
             self._scheduler.step = self._before
 
-    def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        # functools.wraps, not a bare *args wrapper: pipelines inspect the signature of scheduler.step and silently stop
-        # passing `eta` and `generator` to a callable that does not name them, which changes the image.
-        @functools.wraps(original)
-        def step(model_output: Latents, timestep: Any, sample: Latents, *args: Any, **kwargs: Any) -> Any:
+    def _wrap(self, original: Callable[..., Any]) -> _ReplacedStep:
+        def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             self._check_call(model_output, sample)
-            rows = self._rows
+            rows, running = self._rows, len(self._rows)
             full = original(rows.pad(model_output), timestep, rows.pad(sample), *args, **kwargs)
             if not self._levels:
                 # Not before the first step: only now are the timesteps set, and is the place of the first one known.
-                self._levels = noise_levels(self._scheduler)[_first_index(self._scheduler, timestep) :]
+                first = first_index(self._scheduler, timestep, self._num_steps())
+                self._levels = noise_levels(self._scheduler, first)
             prev_sample = rows.take(full[0])
             tapped = TappedStep(self._calls, self._levels, model_output, sample, prev_sample, self._scheduler)
             self._calls += 1
             keep = self._observe(tapped)
             if keep is not None:
                 rows.keep(keep)
+            if tapped.is_last:
+                rows.drop_passengers()  # before what they were denoised with is decoded
             if len(rows) == 0:
                 raise AllRowsGone
-            return _living(full, rows)
+            if len(rows) < running:
+                self._on_shrink()
+            return _held(full, rows)
 
-        step._is_tapped = True  # type: ignore[attr-defined]  # survives another functools.wraps on top
-        return step
+        return _ReplacedStep(step, original)
 
     def _check_call(self, model_output: Tensor, sample: Tensor) -> None:
         if threading.get_ident() != self._thread:
             raise GuardStateError("scheduler.step was called from another thread than the guard that watches it")
-        if len(model_output) != len(self._rows) or len(sample) != len(self._rows):
+        expected = len(self._rows.held)
+        if len(model_output) != expected or len(sample) != expected:
             raise GuardStateError(
                 f"scheduler.step got model_output with {len(model_output)} and sample with {len(sample)} rows while "
-                f"{len(self._rows)} of {self._rows.batch_size} are alive"
+                f"{expected} of {self._rows.batch_size} are expected"
             )
 
 
-def _living(result: Any, rows: LiveRows) -> Any:
-    """A step's result, a tuple or a diffusers output, with the living rows of every tensor that holds the batch."""
-    if rows.complete:
+class _ReplacedStep:
+    """What stands in for ``scheduler.step``. An object, not a function: those are copied by reference."""
+
+    def __init__(self, call: Callable[..., Any], original: Callable[..., Any]) -> None:
+        # Not a bare *args wrapper: pipelines inspect the signature of scheduler.step and silently stop passing `eta` and
+        # `generator` to a callable that does not name them, which changes the image.
+        functools.update_wrapper(self, original)
+        self._call = call
+        self._is_tapped = True  # survives another functools.wraps on top
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> Any:  # what deepcopy asks for too
+        raise GuardStateError(
+            "a scheduler that a guard is watching cannot be copied or pickled: the steps of a copy would be taken for its "
+            "own; do that before or after the run"
+        )
+
+
+def _held(result: Any, rows: LiveRows) -> Any:
+    """A step's result, a tuple or a diffusers output, with the held rows of every tensor that has the full batch."""
+    if len(rows.held) == rows.batch_size:
         return result
 
-    def living(value: Any) -> Any:
+    def held(value: Any) -> Any:
         return rows.take(value) if isinstance(value, Tensor) and value.shape[:1] == (rows.batch_size,) else value
 
     if isinstance(result, tuple):
-        return tuple(living(value) for value in result)
-    return type(result)(**{name: living(value) for name, value in result.items()})
-
-
-def _first_index(scheduler: Any, timestep: Any) -> int:
-    """Where in ``scheduler.timesteps`` the run began; asked after its first step."""
-    if getattr(scheduler, "step_index", None) is not None:
-        return scheduler.step_index - 1
-    return int((scheduler.timesteps == timestep).nonzero()[0])  # DDIM, DDPM and PNDM go by the timestep alone
+        return tuple(held(value) for value in result)
+    return type(result)(**{name: held(value) for name, value in result.items()})

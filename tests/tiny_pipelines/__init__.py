@@ -1,0 +1,13 @@
+"""Every pipeline family the guard supports or refuses, tiny and with random weights: nothing is downloaded.
+
+``CASES[name].pipe(scheduler)`` builds one and ``CASES[name].call(prompts, guidance)`` makes the arguments of a call.
+"""
+
+from __future__ import annotations
+
+from . import adapters, packed, transformers, unets
+from .case import Case
+
+CASES: dict[str, Case] = {
+    case.name: case for case in (*unets.CASES, *transformers.CASES, *packed.CASES, *adapters.CASES)
+}
