@@ -1,0 +1,100 @@
+"""The command ``moe-artifacts inspect``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+
+from moe_artifacts.cli.shared import errors_in_one_line
+from moe_artifacts.config import EmbedderConfig, ScorerConfig, ThresholdConfig, to_dict
+
+
+def inspect(
+    name: Annotated[str, typer.Argument(help="A bundled name, a folder or a Hub id (owner/name).")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Print what a scorer checkpoint is.
+
+    Its label, latent space, parts and threshold, and where they come from.
+    """
+    with errors_in_one_line():
+        from moe_artifacts.checkpoint import CONFIG_NAME, WEIGHTS_NAME, find_checkpoint, load_checkpoint
+
+        folder = find_checkpoint(name)
+        config, state = load_checkpoint(folder)
+        numbers: Counter[str] = Counter()
+        for key, tensor in state.items():
+            numbers[key.partition(".")[0]] += tensor.numel()
+        sizes = {file: (folder / file).stat().st_size for file in (CONFIG_NAME, WEIGHTS_NAME)}
+        if as_json:
+            values = {"folder": str(folder), "bytes": sizes, "parameters": numbers, "config": to_dict(config)}
+            typer.echo(json.dumps(values, indent=2))
+            return
+        for title, text in _description(config, numbers).items():
+            typer.echo(f"{title:15}{text}")
+        typer.echo(f"{'files':15}{folder}: " + ", ".join(f"{file} {size:,} bytes" for file, size in sizes.items()))
+
+
+def _description(config: ScorerConfig, numbers: Mapping[str, int]) -> dict[str, str]:
+    """A checkpoint in words; ``numbers`` counts the weights of each of its parts."""
+    space, preview, low_high = config.latent_space, config.preview, config.log_snr_range
+    features = config.features
+    seen = ["embedding"] + [n for n in ("delta", "prompt", "noisy") if getattr(features, f"use_{n}")]
+    experts = config.experts.num_experts
+    return {
+        "name": config.name,
+        "label": config.label,
+        "latent space": f"{space.name}: {space.vae_class}, {space.channels} channels, scaling {space.scaling_factor:g}, "
+        f"shift {space.shift_factor:g}, downsampling {space.downsampling}",
+        "preview": f"{preview.kind}, {preview.channels} channels"
+        + (f", a patch of {preview.patch}x{preview.patch} pixels for each" if preview.kind == "linear" else ""),
+        "embedder": _embedder(config.embedder, numbers["embedder"]),
+        "features": f"{', '.join(seen)}: {features.width} numbers",
+        "experts": f"{experts} with {numbers['experts']:,} parameters, {config.gate.kind} gate, top {config.gate.top_k}"
+        if experts
+        else f"none, a single head with {numbers['experts']:,} parameters",
+        "log-SNR": f"{low_high[0]:g} to {low_high[1]:g} nats",
+        "checks": f"at progress {', '.join(f'{c:g}' for c in config.check_progress)}, and at the last step",
+        **_threshold(config.threshold),
+        "provenance": ", ".join(f"{key} {value}" for key, value in config.provenance.items()) or "not stated",
+    }
+
+
+def _embedder(config: EmbedderConfig, parameters: int) -> str:
+    if config.model != "custom":
+        tag = f" ({config.pretrained})" if config.pretrained else ""
+        return f"{config.model}{tag} of open_clip, {config.embed_dim} wide, weights not in the checkpoint"
+    assert config.model_config is not None  # the config saw to it
+    vision = config.model_config.get("vision_cfg")
+    tower = vision.get("timm_model_name") if isinstance(vision, dict) else None
+    return f"{tower or 'custom'}, {config.embed_dim} wide, {parameters:,} parameters with its text tower"
+
+
+def _threshold(rule: ThresholdConfig | None) -> dict[str, str]:
+    """The rule, and what it promises where."""
+    if rule is None:
+        return {"threshold": "none: it can only record"}
+    from moe_artifacts.guard.output import Setting, promise
+
+    quantity = {
+        "cumulative": "the cumulative artifact probability",
+        "posterior": "the posterior",
+        "patience": f"the posterior of {rule.patience} checks in a row",
+        "q-exit": f"at the first check with exit_cdf above {rule.q}, the posterior",
+        "economic": "the posterior, less a boundary that depends on the noise level, plus 1, halved,",
+    }[rule.rule]
+    text = f"abort once {quantity} reaches {rule.threshold:.6g}"
+    if rule.clear_threshold is not None:
+        text += f"; stop scoring once the cumulative clean probability reaches {rule.clear_threshold:g}"
+    # In its own setting, so that the promise is stated as it was made.
+    own = Setting(rule.scheduler or "", rule.num_inference_steps, rule.guidance_scale or 0.0, rule.scored_steps or ())
+    parts = [promise(rule, own)]
+    if rule.num_clean is not None:
+        parts.append(f"certified on {rule.num_clean:,} {'prompts' if rule.unit == 'prompt' else 'clean images'}")
+    if rule.scored_steps is not None:
+        parts.append(f"scored after steps {', '.join(str(step + 1) for step in rule.scored_steps)}")
+    return {"threshold": text, "promise": "; ".join(parts)}
