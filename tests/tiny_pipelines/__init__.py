@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from . import adapters, packed, transformers, unets
+from . import adapters, lumina, packed, transformers, unets
 from .case import Case
 
 CASES: dict[str, Case] = {
-    case.name: case for case in (*unets.CASES, *transformers.CASES, *packed.CASES, *adapters.CASES)
+    case.name: case for case in (*unets.CASES, *transformers.CASES, *lumina.CASES, *packed.CASES, *adapters.CASES)
 }

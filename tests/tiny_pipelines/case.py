@@ -78,6 +78,10 @@ def pictures(count: int, side: int = SIDE, seed: int = 9) -> Tensor:
     return normal(count, 3, side, side, seed=seed).sigmoid()
 
 
+def image_to_image(count: int) -> dict[str, Any]:
+    return {"image": pictures(count), "strength": 0.7}
+
+
 def masks(count: int, lengths: tuple[int, ...], tokens: int) -> Tensor:
     """Attention masks (count, tokens): row i lets ``lengths[i]`` tokens through, going round."""
     return torch.stack([(torch.arange(tokens) < lengths[i % len(lengths)]).long() for i in range(count)])

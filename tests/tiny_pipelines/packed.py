@@ -18,7 +18,7 @@ from diffusers import (
     QwenImagePipeline,
 )
 
-from .case import SIDE, Case, autoencoder, normal, pictures, random_weights, repeats_embeddings
+from .case import SIDE, Case, autoencoder, image_to_image, normal, random_weights, repeats_embeddings
 from .schedulers import WITH_MU, WITH_SIGMAS, WITH_TIMESTEPS, flow
 from .transformers import (
     POOLED,
@@ -147,10 +147,6 @@ def _flux_arguments(count: int) -> dict[str, Any]:
     return pooled_embeddings(count) | SIZE
 
 
-def _image_to_image(count: int) -> dict[str, Any]:
-    return {"image": pictures(count), "strength": 0.7}
-
-
 CASES = (
     Case(
         name="flux",
@@ -171,7 +167,7 @@ CASES = (
     Case(
         name="flux-img2img",
         build=lambda: flux(FluxImg2ImgPipeline),
-        arguments=lambda count: _flux_arguments(count) | _image_to_image(count),
+        arguments=lambda count: _flux_arguments(count) | image_to_image(count),
         schedulers=IMAGE_FLOW,
         guidance=TRUE_CFG,
         representative=("flow-euler",),
@@ -205,7 +201,7 @@ CASES = (
     Case(
         name="chroma-img2img",
         build=lambda: _chroma(ChromaImg2ImgPipeline),
-        arguments=lambda count: _chroma_arguments(count) | _image_to_image(count),
+        arguments=lambda count: _chroma_arguments(count) | image_to_image(count),
         schedulers=flow(only=WITH_TIMESTEPS),
         guidance={"none": {"guidance_scale": 1.0}, "cfg": {"guidance_scale": 3.0}},
         representative=("flow-euler",),
@@ -223,7 +219,7 @@ CASES = (
     Case(
         name="qwen-image-img2img",
         build=lambda: _qwen_image(QwenImageImg2ImgPipeline),
-        arguments=lambda count: _qwen_arguments(count) | _image_to_image(count),
+        arguments=lambda count: _qwen_arguments(count) | image_to_image(count),
         schedulers=IMAGE_FLOW,
         guidance=QWEN_CFG,
         representative=("flow-euler",),

@@ -1,4 +1,4 @@
-"""Pipelines with a transformer whose latents keep their grid: SD3, PixArt, Sana, Lumina2, AuraFlow, CogView4, Z-Image, ..."""
+"""Pipelines with a transformer whose latents keep their grid: SD3, PixArt, Sana, HunyuanDiT, CogView. More in lumina.py."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from typing import Any
 
 import diffusers
 from diffusers import (
-    AuraFlowPipeline,
     CogView3PlusPipeline,
     CogView4Pipeline,
     HunyuanDiTPipeline,
-    Lumina2Pipeline,
-    LuminaPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     SanaPipeline,
@@ -19,17 +16,14 @@ from diffusers import (
     SanaSprintPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
-    ZImageImg2ImgPipeline,
-    ZImagePipeline,
 )
 
-from .case import SIDE, Case, autoencoder, masks, normal, pictures, random_weights, repeats_embeddings
-from .schedulers import WITH_SCALE_NOISE, WITH_SIGMAS, WITH_TIMESTEPS, discrete, flow
+from .case import SIDE, Case, autoencoder, image_to_image, masks, normal, pictures, random_weights, repeats_embeddings
+from .schedulers import WITH_SCALE_NOISE, WITH_TIMESTEPS, discrete, flow
 
 CFG = {"none": {"guidance_scale": 1.0}, "cfg": {"guidance_scale": 3.0}}
 RESCALE = {"rescale": {"guidance_scale": 3.0, "guidance_rescale": 0.7}}
 SIZE = {"height": SIDE, "width": SIDE}
-LUMINA_SIZE = {"height": 64, "width": 64}  # it counts on a VAE that makes an eighth of each side
 SANA_SIZE = {"height": 32, "width": 32, "use_resolution_binning": False}  # it takes multiples of 32 only
 TOKENS, WIDTH, POOLED, LENGTHS = 6, 16, 12, (6, 3, 5, 2)
 DISCRETE, FLOW = discrete(), flow()
@@ -64,10 +58,6 @@ def pooled_embeddings(count: int) -> dict[str, Any]:
 
 def only_positive(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if not name.startswith("negative")}
-
-
-def _image_to_image(count: int) -> dict[str, Any]:
-    return {"image": pictures(count), "strength": 0.7}
 
 
 def sd3_transformer(**changes: Any) -> Any:
@@ -157,30 +147,6 @@ def _deep_compression() -> Any:
     return random_weights(vae, seed=1)
 
 
-def _eighth(**changes: Any) -> Any:
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    return autoencoder(block_out_channels=(4, 4, 4, 4), **blocks, **changes)
-
-
-def _lumina() -> Any:
-    denoiser = transformer(
-        "LuminaNextDiT2DModel",
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=16,
-        num_layers=2,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=16,
-        cross_attention_dim=WIDTH,
-    )
-    pipe = LuminaPipeline(
-        transformer=denoiser, scheduler=FLOW["flow-euler"](), vae=_eighth(), text_encoder=None, tokenizer=None
-    )
-    return repeats_embeddings(pipe)
-
-
 def _cogview3() -> Any:
     denoiser = transformer(
         "CogView3PlusTransformer2DModel",
@@ -204,52 +170,6 @@ def _cogview3() -> Any:
         scheduler=COGVIDEO["cogvideox-ddim"](),
     )
     return repeats_embeddings(pipe)
-
-
-def _lumina2() -> Any:
-    denoiser = transformer(
-        "Lumina2Transformer2DModel",
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=16,
-        num_layers=2,
-        num_refiner_layers=1,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=16,
-        axes_dim_rope=(4, 2, 2),
-        axes_lens=(32, 16, 16),
-        cap_feat_dim=WIDTH,
-    )
-    pipe = Lumina2Pipeline(
-        transformer=denoiser,
-        scheduler=FLOW["flow-euler"](),
-        vae=autoencoder(shift_factor=0.1),
-        text_encoder=None,
-        tokenizer=None,
-    )
-    return repeats_embeddings(pipe)
-
-
-def _aura_flow() -> Any:
-    denoiser = transformer(
-        "AuraFlowTransformer2DModel",
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_mmdit_layers=1,
-        num_single_dit_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        caption_projection_dim=16,
-        out_channels=4,
-        pos_embed_max_size=64,
-    )
-    return AuraFlowPipeline(
-        tokenizer=None, text_encoder=None, vae=autoencoder(), transformer=denoiser, scheduler=FLOW["flow-euler"]()
-    )
 
 
 def _hunyuan_dit() -> Any:
@@ -314,35 +234,6 @@ def _cogview4() -> Any:
     return repeats_embeddings(pipe)
 
 
-def _z_image(kind: type) -> Any:
-    denoiser = transformer(
-        "ZImageTransformer2DModel",
-        all_patch_size=(2,),
-        in_channels=4,
-        dim=16,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=WIDTH,
-        axes_dims=[4, 2, 2],
-        axes_lens=[64, 16, 16],
-    )
-    return kind(
-        scheduler=FLOW["flow-euler"](),
-        vae=autoencoder(shift_factor=0.1),
-        text_encoder=None,
-        tokenizer=None,
-        transformer=denoiser,
-    )
-
-
-def _z_image_arguments(count: int) -> dict[str, Any]:
-    """Prompts of different lengths, as a list."""
-    prompts = embeddings(count)
-    return {name: [row[: LENGTHS[i % 4]] for i, row in enumerate(rows)] for name, rows in prompts.items()} | SIZE
-
-
 CASES = (
     Case(
         name="sd3",
@@ -356,7 +247,7 @@ CASES = (
     Case(
         name="sd3-img2img",
         build=lambda: stable_diffusion_3(StableDiffusion3Img2ImgPipeline),
-        arguments=lambda count: pooled_embeddings(count) | _image_to_image(count) | SIZE,
+        arguments=lambda count: pooled_embeddings(count) | image_to_image(count) | SIZE,
         schedulers=flow(only=WITH_SCALE_NOISE),
         guidance=CFG,
         representative=("flow-euler",),
@@ -409,30 +300,6 @@ CASES = (
         steps=9,
     ),
     Case(
-        name="lumina",
-        build=_lumina,
-        arguments=lambda count: masked_embeddings(count) | LUMINA_SIZE,
-        schedulers=FLOW,
-        guidance=CFG,
-        representative=("flow-euler",),
-    ),
-    Case(
-        name="lumina2",
-        build=_lumina2,
-        arguments=lambda count: masked_embeddings(count) | LUMINA_SIZE,
-        schedulers=flow(only=WITH_SIGMAS),
-        guidance=CFG | {"truncated": {"guidance_scale": 3.0, "cfg_trunc_ratio": 0.5}},
-        representative=("flow-euler", "flow-unipc"),
-    ),
-    Case(
-        name="aura-flow",
-        build=_aura_flow,
-        arguments=lambda count: masked_embeddings(count) | SIZE,
-        schedulers=FLOW,
-        guidance=CFG,
-        representative=("flow-euler", "flow-heun"),
-    ),
-    Case(
         name="hunyuan-dit",
         build=_hunyuan_dit,
         arguments=_hunyuan_dit_arguments,
@@ -455,22 +322,5 @@ CASES = (
         schedulers=COGVIEW_FLOW,
         guidance=CFG,
         representative=("flow-euler",),
-    ),
-    Case(
-        name="z-image",
-        build=lambda: _z_image(ZImagePipeline),
-        arguments=_z_image_arguments,
-        schedulers=flow(only=WITH_TIMESTEPS),
-        guidance={"none": {"guidance_scale": 0.0}, "cfg": {"guidance_scale": 3.0}},
-        representative=("flow-euler", "flow-euler-sde"),
-    ),
-    Case(
-        name="z-image-img2img",
-        build=lambda: _z_image(ZImageImg2ImgPipeline),
-        arguments=lambda count: _z_image_arguments(count) | _image_to_image(count),
-        schedulers=flow(only=WITH_TIMESTEPS),
-        guidance={"none": {"guidance_scale": 0.0}, "cfg": {"guidance_scale": 3.0}},
-        representative=("flow-euler",),
-        steps=9,
     ),
 )

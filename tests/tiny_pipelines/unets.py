@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
+import importlib.util
 import sys
 import types
 from typing import Any
@@ -20,7 +21,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from .case import SIDE, Case, autoencoder, normal, pictures, random_weights, repeats_embeddings
+from .case import SIDE, Case, autoencoder, image_to_image, normal, pictures, random_weights, repeats_embeddings
 from .schedulers import discrete
 
 TOKENS, WIDTH, POOLED, WIDE = 5, 16, 12, 14
@@ -30,7 +31,16 @@ RESCALE = {**CFG, "rescale": {"guidance_scale": 3.0, "guidance_rescale": 0.7}}
 SIZES = {"sizes": {"guidance_scale": 3.0, "negative_original_size": (8, 4), "negative_target_size": (4, 8)}}
 EPSILON, V_PREDICTION = discrete(), discrete("v_prediction")
 # Other settings of a class that is there already, and no other state.
-VARIANTS = ("lms-karras", "euler-karras", "euler-exponential", "euler-beta", "dpm-karras", "dpm-lu", "dpm-3", "dpm-heun")
+VARIANTS = (
+    "lms-karras",
+    "euler-karras",
+    "euler-exponential",
+    "euler-beta",
+    "dpm-karras",
+    "dpm-lu",
+    "dpm-3",
+    "dpm-heun",
+)
 VARIANTS += ("dpm-single-3", "unipc-3")
 NOISING = {name: build for name, build in EPSILON.items() if name != "ipndm"}  # with `add_noise`, for img2img
 SD_ONLY = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -85,22 +95,25 @@ def stable_diffusion_xl(kind: type = StableDiffusionXLPipeline, **parts: Any) ->
     return kind(**nothing, **given, add_watermarker=False)
 
 
-def _kolors(name: str) -> Any:
+@functools.cache
+def _kolors_class(module: str, name: str) -> Any:
     # Its tokenizer, which is not built here, needs a package that nothing else of ours does.
     stand_in = types.ModuleType("sentencepiece")
     stand_in.SentencePieceProcessor = type(None)  # type: ignore[attr-defined]
     missing = {} if importlib.util.find_spec("sentencepiece") else {"sentencepiece": stand_in}
     with mock.patch.dict(sys.modules, missing):
-        module = importlib.import_module(f"diffusers.pipelines.kolors.{name}")
-    kind = module.KolorsPipeline if name == "pipeline_kolors" else module.KolorsImg2ImgPipeline
-    pipe = kind(
+        return getattr(importlib.import_module(f"diffusers.pipelines.kolors.{module}"), name)
+
+
+def _kolors(module: str, name: str) -> Any:
+    pipe = _kolors_class(module, name)(
         vae=autoencoder(),
         text_encoder=None,
         tokenizer=None,
         unet=xl_unet(encoder_hid_dim=WIDE, encoder_hid_dim_type="text_proj"),
         scheduler=EPSILON["euler"](),
     )
-    if name == "pipeline_kolors":
+    if name == "KolorsPipeline":
         return repeats_embeddings(pipe)
     pipe.encode_prompt = _encode_kolors  # it takes no embeddings: it loses the pooled ones on the way
     return pipe
@@ -128,10 +141,6 @@ def _first(name: str, schedulers: dict[str, Any]) -> dict[str, Any]:
     return {name: schedulers[name], **schedulers}
 
 
-def _image_to_image(count: int) -> dict[str, Any]:
-    return {"image": pictures(count), "strength": 0.7}
-
-
 def _inpainting(count: int) -> dict[str, Any]:
     given = {"image": pictures(count), "mask_image": pictures(count)[:, :1].round(), "height": SIDE, "width": SIDE}
     return embeddings(count) | given
@@ -157,7 +166,7 @@ CASES = (
     Case(
         name="sd-img2img",
         build=lambda: stable_diffusion(StableDiffusionImg2ImgPipeline),
-        arguments=lambda count: embeddings(count) | _image_to_image(count),
+        arguments=lambda count: embeddings(count) | image_to_image(count),
         schedulers=NOISING,
         guidance=CFG,
         representative=("ddim", "euler-a", "dpm", "heun", "unipc"),
@@ -189,7 +198,7 @@ CASES = (
     Case(
         name="sdxl-img2img",
         build=lambda: stable_diffusion_xl(StableDiffusionXLImg2ImgPipeline, unet=xl_unet()),
-        arguments=lambda count: xl_embeddings(count) | _image_to_image(count),
+        arguments=lambda count: xl_embeddings(count) | image_to_image(count),
         schedulers=_first("euler", NOISING),
         guidance=CFG | SIZES,
         representative=("euler", "unipc"),
@@ -197,7 +206,7 @@ CASES = (
     ),
     Case(
         name="kolors",
-        build=lambda: _kolors("pipeline_kolors"),
+        build=lambda: _kolors("pipeline_kolors", "KolorsPipeline"),
         arguments=_kolors_embeddings,
         schedulers=_first("euler", EPSILON),
         guidance=CFG | SIZES,
@@ -205,8 +214,8 @@ CASES = (
     ),
     Case(
         name="kolors-img2img",
-        build=lambda: _kolors("pipeline_kolors_img2img"),
-        arguments=lambda count: {"prompt": ["a prompt"] * count, **_image_to_image(count)},
+        build=lambda: _kolors("pipeline_kolors_img2img", "KolorsImg2ImgPipeline"),
+        arguments=lambda count: {"prompt": ["a prompt"] * count, **image_to_image(count)},
         schedulers=_first("euler", NOISING),
         guidance=CFG,
         representative=("euler",),
@@ -222,7 +231,7 @@ CASES = (
     Case(
         name="lcm-img2img",
         build=lambda: _lcm(LatentConsistencyModelImg2ImgPipeline),
-        arguments=lambda count: {"prompt_embeds": embeddings(count)["prompt_embeds"], **_image_to_image(count)},
+        arguments=lambda count: {"prompt_embeds": embeddings(count)["prompt_embeds"], **image_to_image(count)},
         schedulers={"lcm": EPSILON["lcm"]},
         guidance={"embedded": {"guidance_scale": 3.0}},
     ),
