@@ -17,6 +17,7 @@ The way of one image, stage by stage; each stage is one file that can be used an
     noise_tables.py latent_spaces.py    the same facts of every scheduler, and of every latent space
     verdict.py trajectory.py trajectory_files.py    what became of an image; the records of a batch, and their files
     recorded.py records.py record_files.py    recorded runs as plain numbers, and from other files
+    label/          verdicts of people, by keys in the terminal
     audit/          the false-abort rate of production runs, against the promise
     policy.py       what a rule does to recorded runs: false aborts, steps saved, cost per clean image
     racing/         best of N: a compute budget for the most promising candidates of a prompt

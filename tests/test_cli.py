@@ -11,7 +11,7 @@ COMMANDS = [command.callback.__name__ for command in app.registered_commands]
 
 
 def test_the_help_names_every_command():
-    assert COMMANDS == ["demo", "generate", "audit", "score", "calibrate", "inspect"]
+    assert COMMANDS == ["demo", "generate", "label", "audit", "score", "calibrate", "inspect"]
     listed = [line.split()[0] for line in run("--help").stdout.partition("Commands:")[2].splitlines() if line]
     assert listed == COMMANDS
 
