@@ -19,11 +19,12 @@ def rows(tmp_path_factory):
 
 
 def test_every_measurement_has_its_row(rows):
-    assert [row["table"] for row in rows] == ["cost"] * 3 + ["saving"] + ["calls"] * 3
+    assert [row["table"] for row in rows] == ["cost"] * 4 + ["saving"] + ["calls"] * 3
     assert all((row["size"], row["device"], row["dtype"]) == ("tiny", "cpu", "float32") for row in rows)
     costs = {row["what"]: row for row in rows if row["table"] == "cost"}
-    assert [row["goal"] for row in costs.values()] == [0.01, 0.02, None]
-    assert list(costs) == ["tap and bookkeeping", "scoring, linear preview, custom", "scoring, TAESD, custom"]
+    assert [row["goal"] for row in costs.values()] == [0.01, 0.02, None, 0.02]
+    scored = ("linear preview", "TAESD", "linear preview, bfloat16")
+    assert list(costs) == ["tap and bookkeeping", *(f"scoring, {how}, custom" for how in scored)]
     for row in costs.values():
         assert row["low"] <= row["of_denoiser_call"] <= row["high"]
     (saving,) = (row for row in rows if row["table"] == "saving")

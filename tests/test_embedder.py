@@ -60,6 +60,17 @@ def test_embeddings_have_length_one_in_float32(vision):
     torch.testing.assert_close(texts.norm(dim=-1), torch.ones(4))
 
 
+@pytest.mark.parametrize("vision", [VIT, RESNET], ids=["vit", "timm"])
+def test_a_tower_in_bfloat16_sees_nearly_the_same(vision):
+    exact, rounded = make(vision), make(vision)
+    rounded.clip.visual.to(torch.bfloat16)
+    previews = torch.rand(3, 3, 32, 32)
+    images = rounded.embed_images(previews)
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, exact.embed_images(previews), atol=0.02, rtol=0)  # 8 bits, of values under one
+    torch.testing.assert_close(rounded.embed_texts(["a bag"]), exact.embed_texts(["a bag"]))
+
+
 @given(
     height=st.integers(8, 90),
     width=st.integers(8, 90),
