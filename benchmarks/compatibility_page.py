@@ -74,7 +74,7 @@ def totals(rows: Sequence[Row]) -> str:
     )
     worst = max(row["max_abs_difference"] for row in rows)
     return (
-        f"{len(rows)} combinations of {len(pipelines)} pipelines, {len(schedulers)} schedulers and ways of guiding. "
+        f"{len(rows)} combinations of a pipeline ({len(pipelines)}), a scheduler ({len(schedulers)}) and a way of guiding. "
         f"{found}. Largest difference {worst:.1e}."
     )
 
@@ -119,7 +119,7 @@ def _schedulers(rows: Sequence[Row], known: dict[str, list[str]]) -> str:
         if len(missing) < len(members) / 3:
             others = "".join(f", {name}" for name in names if name not in members)
             but = f" but {', '.join(missing)}" if missing else ""
-            return f"{label} ({len(names)}){but}{others}"
+            return f"{label} ({len(members) - len(missing)}){but}{others}"
     return ", ".join(names)
 
 

@@ -45,7 +45,7 @@ ROWS = [
 
 def test_the_totals_count_every_combination():
     told = compatibility_page.totals(ROWS)
-    assert told.startswith("5 combinations of 3 pipelines, 3 schedulers")
+    assert told.startswith("5 combinations of a pipeline (3), a scheduler (3) and a way of guiding")
     assert "record: 4 equal, 1 refused; drop: 3 equal, 1 refused, 1 different" in told
     assert told.endswith("Largest difference 2.0e-06.")
 

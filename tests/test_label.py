@@ -484,6 +484,15 @@ def test_the_end_of_input_quits(folder, monkeypatch, end):
     assert outcome.artifact == 1
 
 
+@pytest.fixture
+def interruptible():
+    """A process started in the background of a shell ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_gives_the_terminal_back(folder, monkeypatch):
     with at_a_terminal(monkeypatch, []), pytest.raises(KeyboardInterrupt), Terminal() as terminal:
         links = terminal._links.name

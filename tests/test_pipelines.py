@@ -267,3 +267,13 @@ def test_the_denoiser_is_the_module_whose_calls_are_saved():
     assert denoiser_of(pipe) is pipe.transformer
     pipe = CASES["sd-controlnet"].pipe()
     assert spec_of(pipe).modules(pipe) == [pipe.unet, pipe.controlnet]
+
+
+def test_runge_kutta_steps_that_begin_within_the_grid_are_refused_before_the_denoiser_is_called():
+    case = CASES["sd-img2img"]
+    pipe = case.pipe("pndm-prk")
+    pipe.unet.register_forward_pre_hook(lambda module, args: pytest.fail("the denoiser was called"))
+    asked = case.call(2, next(iter(case.guidance)))
+    with pytest.raises(UnsupportedPipelineError, match=r"skip_prk_steps=False cannot begin within its grid"):
+        read_request(pipe, spec_of(pipe), (), asked, None)
+    assert read_request(pipe, spec_of(pipe), (), asked | {"strength": 1.0}, None).batch_size == 2

@@ -61,6 +61,7 @@ def read_request(
     bound.apply_defaults()
     asked = bound.arguments
     _refuse_unsupported(asked, spec)
+    _refuse_late_runge_kutta(pipe.scheduler, asked)
 
     copies = asked["num_images_per_prompt"]
     if not isinstance(copies, int) or copies < 1:
@@ -102,6 +103,16 @@ def _refuse_unsupported(asked: dict[str, Any], spec: PipelineSpec) -> None:
     if asked["output_type"] not in OUTPUT_TYPES:
         raise UnsupportedPipelineError(
             f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {asked['output_type']!r}"
+        )
+
+
+def _refuse_late_runge_kutta(scheduler: Any, asked: dict[str, Any]) -> None:
+    """What noise_levels refuses too, but only when the first step has been run."""
+    later = asked.get("strength", 1.0) < 1.0 or asked.get("denoising_start") is not None
+    if later and type(scheduler).__name__ == "PNDMScheduler" and not scheduler.config.skip_prk_steps:
+        raise UnsupportedPipelineError(
+            "PNDMScheduler with skip_prk_steps=False cannot begin within its grid, as strength below 1 and denoising_start "
+            "ask: its Runge-Kutta steps know only the start of it; use skip_prk_steps=True"
         )
 
 
