@@ -27,7 +27,7 @@ SCALES = (1.0, 1.5, 2.0, 3.0)
 @torch.no_grad()
 def coverage(judge: ManifoldJudge, images: Tensor, labels: Tensor, real: int) -> float:
     """Mean over classes of the share of ``real`` reference images that have a generated image in their neighbourhood."""
-    features = judge.classifier.features(images)
+    features = judge.features(images)
     shares = []
     for label, reference in enumerate(judge.reference[:, :real]):
         generated = features[labels == label]

@@ -6,6 +6,9 @@ in the features of a classifier that was trained on real images only. An image h
 the threshold of a class is the 95th percentile of held-out real images. The manifold of real images as a set of k-nearest
 neighbour balls: Kynkaanniemi et al. 2019, arXiv:1904.06991. We differ in taking the mean distance to k neighbours, which is
 smoother than membership in a ball, and in looking at one class at a time.
+
+The features are the classifier's feature maps, not its last hidden layer: that one keeps what tells the classes apart and
+forgets much of what a finished image looks like, so that two judges trained apart disagreed (docs/decisions/0006).
 """
 
 from __future__ import annotations
@@ -21,41 +24,58 @@ from torch import Tensor, nn
 from moe_artifacts.errors import CheckpointError, InputError
 from moe_artifacts.shapes import PerImage, Preview
 
+GRID = 4  # the feature maps are averaged to so many cells a side: they tell what is where, but not to the pixel
 
-class Classifier(nn.Module):
-    """A small convolutional classifier of grey 32x32 images; its last hidden layer is the feature space."""
 
-    def __init__(self, num_classes: int, width: int, feature_dim: int) -> None:
+class FeatureMaps(nn.Module):
+    """The convolutions of a small classifier of grey 32x32 images; the maps of the last two of its three stages are features."""
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
+        stages = []
         channels = 1
         for out in (width, 2 * width, 4 * width):
-            layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            layers = [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
             layers += [nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)]
+            stages.append(nn.Sequential(*layers))
             channels = out
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * 16, feature_dim))
-        self.head = nn.Linear(feature_dim, num_classes)
+        self.stages = nn.ModuleList(stages)
+        self.dim = 6 * width * GRID**2
 
-    def features(self, images: Preview) -> Float[Tensor, "batch feature"]:
-        """Features of RGB images in [0, 1], 32x32 pixels; colour is ignored."""
-        return self.body(images.mean(dim=1, keepdim=True) * 2 - 1)
-
-    def forward(self, images: Preview) -> Float[Tensor, "batch label"]:
-        return self.head(F.relu(self.features(images)))
+    def forward(self, images: Preview) -> tuple[Float[Tensor, "batch map"], Float[Tensor, "batch middle_and_last"]]:
+        """The last map, and the last two averaged to ``GRID``, each flattened, of RGB images in [0, 1]; colour is ignored."""
+        first, middle, last = self.stages
+        middle_map = middle(first(images.mean(dim=1, keepdim=True) * 2 - 1))
+        last_map = last(middle_map)
+        pooled = [F.adaptive_avg_pool2d(m, GRID).flatten(1) for m in (middle_map, last_map)]
+        return last_map.flatten(1), torch.cat(pooled, dim=1)
 
 
 class ManifoldJudge(nn.Module):
-    """Says how far finished images are from the real images of their class."""
+    """Says how far finished images are from the real images of their class.
+
+    Args:
+        maps: Trained on real images only.
+        projection: From the maps to the feature space: standardised principal components of real images.
+        reference: Projected real images of each class.
+    """
 
     reference: Tensor  # class real feature
     log_threshold: Tensor  # class
 
-    def __init__(self, classifier: Classifier, reference: Tensor, log_threshold: Tensor, neighbours: int) -> None:
+    def __init__(
+        self, maps: FeatureMaps, projection: nn.Linear, reference: Tensor, log_threshold: Tensor, neighbours: int
+    ) -> None:
         super().__init__()
-        self.classifier = classifier.eval()
+        self.maps, self.projection = maps.eval(), projection
         self.neighbours = neighbours
         self.register_buffer("reference", reference.float())
         self.register_buffer("log_threshold", log_threshold.float())
+
+    @torch.no_grad()
+    def features(self, images: Preview) -> Float[Tensor, "batch feature"]:
+        """Where finished images lie in the feature space."""
+        return self.projection(self.maps(images)[1])
 
     @torch.no_grad()
     def margin(self, images: Preview, labels: Int64[Tensor, " batch"]) -> PerImage:
@@ -72,7 +92,7 @@ class ManifoldJudge(nn.Module):
         classes = len(self.reference)
         if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
             raise InputError(f"labels must be in [0, {classes - 1}], got {labels.min()} to {labels.max()}")
-        features = self.classifier.features(images)
+        features = self.features(images)
         distance = torch.empty(len(images))
         for label in labels.unique().tolist():
             rows = labels == label
@@ -98,8 +118,11 @@ def load_judge(path: Path) -> ManifoldJudge:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-        classifier = Classifier(int(metadata["classes"]), int(metadata["width"]), int(metadata["feature_dim"]))
-        judge = ManifoldJudge(classifier, tensors["reference"], tensors["log_threshold"], int(metadata["neighbours"]))
+        maps = FeatureMaps(int(metadata["width"]))
+        projection = nn.Linear(maps.dim, tensors["reference"].shape[-1])
+        judge = ManifoldJudge(
+            maps, projection, tensors["reference"], tensors["log_threshold"], int(metadata["neighbours"])
+        )
         judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable judge: {error}") from error

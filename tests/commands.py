@@ -16,7 +16,7 @@ import moe_artifacts.bundled
 import moe_artifacts.checkpoint
 from moe_artifacts.cli import app
 from moe_artifacts.config import LatentSpaceConfig, ThresholdConfig
-from moe_artifacts.judge import Classifier, ManifoldJudge
+from moe_artifacts.judge import FeatureMaps, ManifoldJudge
 from tests import tiny
 from tests.scorers import tiny_scorer
 from training.data.prompts import SYNONYMS
@@ -58,8 +58,9 @@ def tiny_bundle(folder: Path) -> Path:
     scorer = tiny_scorer(latent_space=space, threshold=THRESHOLD, provenance={"commit": "abc123"})
     scorer.save_pretrained(folder / "fashion" / "scorer")
     torch.manual_seed(0)
-    judge = ManifoldJudge(Classifier(10, width=2, feature_dim=4), torch.randn(10, 20, 4), torch.zeros(10), neighbours=3)
-    metadata = {"classes": "10", "width": "2", "feature_dim": "4", "neighbours": "3"}
+    maps = FeatureMaps(2)
+    judge = ManifoldJudge(maps, torch.nn.Linear(maps.dim, 4), torch.randn(10, 20, 4), torch.zeros(10), neighbours=3)
+    metadata = {"width": "2", "neighbours": "3"}
     save_file(judge.tensors(), folder / "fashion" / "judge.safetensors", metadata)
     (folder / "fashion" / "classes.json").write_text(json.dumps(SYNONYMS))
     settings = {"num_inference_steps": 6, "guidance_scale": 1.5}

@@ -8,34 +8,32 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 from safetensors.torch import save_file
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import training.judges
 from moe_artifacts.errors import CheckpointError, InputError
-from moe_artifacts.judge import Classifier, ManifoldJudge, load_judge
+from moe_artifacts.judge import FeatureMaps, ManifoldJudge, load_judge
 from training.data.fashion import LabelledImages
-from training.judges import JudgeRecipe, build_judge
+from training.judges import JudgeRecipe, build_judge, principal_components
 from training.workspace import Stage
 
 CLASSES, WIDTH, FEATURES, REFERENCES, NEIGHBOURS = 3, 4, 6, 40, 5
-METADATA = {
-    "classes": str(CLASSES),
-    "width": str(WIDTH),
-    "feature_dim": str(FEATURES),
-    "neighbours": str(NEIGHBOURS),
-}
+METADATA = {"width": str(WIDTH), "neighbours": str(NEIGHBOURS)}
 
 
 def make_judge() -> ManifoldJudge:
     torch.manual_seed(0)
-    classifier = Classifier(CLASSES, WIDTH, FEATURES)
-    for module in classifier.modules():
+    maps = FeatureMaps(WIDTH)
+    for module in maps.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # as after training: away from mean 0 and variance 1
             assert module.running_mean is not None and module.running_var is not None
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2.0)
     reference = torch.randn(CLASSES, REFERENCES, FEATURES)
-    return ManifoldJudge(classifier, reference, torch.tensor([0.1, -0.2, 0.7]), NEIGHBOURS)
+    projection = torch.nn.Linear(maps.dim, FEATURES)
+    return ManifoldJudge(maps, projection, reference, torch.tensor([0.1, -0.2, 0.7]), NEIGHBOURS)
 
 
 def make_images(count: int = 9) -> tuple[Tensor, Tensor]:
@@ -53,7 +51,7 @@ def test_the_margin_agrees_with_a_loop_over_the_references() -> None:
     margins = judge.margin(images, labels)
     for image, label, margin in zip(images, labels.tolist(), margins.tolist(), strict=True):
         with torch.no_grad():
-            point = judge.classifier.features(image[None])[0].tolist()
+            point = judge.features(image[None])[0].tolist()
         distances = sorted(math.dist(point, real) for real in judge.reference[label].tolist())
         mean = sum(distances[:NEIGHBOURS]) / NEIGHBOURS
         # float32; torch multiplies matrices for the distances to many references, which cancels a few more digits.
@@ -124,11 +122,11 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_no_judge_is_named(tmp_path: Path) -> None:
     judge, path = make_judge(), tmp_path / "judge.safetensors"
     tensors = judge.tensors()
-    for key, metadata in itertools.product(["reference", "log_threshold", "classifier.head.weight"], [METADATA, None]):
+    for key, metadata in itertools.product(["reference", "log_threshold", "projection.weight"], [METADATA, None]):
         save_file({k: v for k, v in tensors.items() if k != key}, path, metadata)
         with pytest.raises(CheckpointError, match=r"judge\.safetensors is not a readable judge"):
             load_judge(path)
-    for changed in ({"width": "5"}, {"feature_dim": "many"}):
+    for changed in ({"width": "5"}, {"neighbours": "many"}):
         with pytest.raises(CheckpointError, match=r"judge\.safetensors is not a readable judge"):
             load_judge(save(judge, path, **changed))
     with pytest.raises(CheckpointError, match=r"absent\.safetensors"):
@@ -152,6 +150,14 @@ def test_thresholds_leave_one_real_image_in_twenty_above(monkeypatch: pytest.Mon
     by_class = report["real_rate_other_half_by_class"]
     assert isinstance(by_class, list) and len(by_class) == 10
     assert report["real_rate_other_half"] == pytest.approx(sum(by_class) / 10)
+
+
+def test_principal_components_are_those_of_scikit_learn() -> None:
+    features = torch.randn(200, 6, generator=torch.Generator().manual_seed(3)) @ torch.randn(6, 6) * 3 + 1
+    projected = principal_components(features, 3)(features)
+    expected = PCA(3).fit_transform(StandardScaler().fit_transform(features.numpy()))
+    # The sign of a component is arbitrary, and StandardScaler divides by n where torch divides by n - 1.
+    torch.testing.assert_close(projected.abs(), torch.from_numpy(expected).float().abs(), rtol=5e-3, atol=1e-3)
 
 
 def test_too_few_reference_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

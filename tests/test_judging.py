@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from moe_artifacts.errors import CheckpointError, InputError
-from moe_artifacts.judge import Classifier, ManifoldJudge
+from moe_artifacts.judge import FeatureMaps, ManifoldJudge
 from moe_artifacts.trajectory import Trajectory
 from tests.commands import tiny_bundle, use_bundle
 from training.judging import ManifoldLabels, RatingJudge, ScoreJudge, VerdictJudge, import_function, judge_named
@@ -189,7 +189,8 @@ def test_what_is_no_image_is_refused(image, message):
 
 def manifold():
     torch.manual_seed(0)
-    judge = ManifoldJudge(Classifier(3, width=2, feature_dim=4), torch.randn(3, 20, 4), torch.zeros(3), neighbours=3)
+    maps = FeatureMaps(2)
+    judge = ManifoldJudge(maps, torch.nn.Linear(maps.dim, 4), torch.randn(3, 20, 4), torch.zeros(3), neighbours=3)
     images = torch.rand(6, 3, SIDE, SIDE)
     classes = torch.tensor([0, 1, 2, 0, 1, 2])
     margin = judge.margin(images, classes)

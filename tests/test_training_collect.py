@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import training.collect
 from moe_artifacts.bundled import class_of
-from moe_artifacts.judge import Classifier, ManifoldJudge
+from moe_artifacts.judge import FeatureMaps, ManifoldJudge
 from moe_artifacts.noise import check_steps, noise_levels
 from moe_artifacts.schedulers import SCHEDULERS, set_scheduler
 from moe_artifacts.trajectory import Trajectory
@@ -193,7 +193,9 @@ def run_collect() -> Path:
     judges = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        judge = ManifoldJudge(Classifier(10, 2, 4), torch.randn(10, 6, 4), torch.zeros(10), neighbours=2)
+        maps = FeatureMaps(2)
+        projection = torch.nn.Linear(maps.dim, 4)
+        judge = ManifoldJudge(maps, projection, torch.randn(10, 6, 4), torch.zeros(10), neighbours=2)
         judges.append(judge)
     return collect(MINI, tiny.stable_diffusion(sample_size=16), (judges[0], judges[1]))
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_artifacts.files import atomic_path, write_json
-from moe_artifacts.judge import Classifier, ManifoldJudge
-from training.data.fashion import LabelledImages, load_fashion, to_rgb
+from moe_artifacts.judge import FeatureMaps, ManifoldJudge
+from training.data.fashion import SIZE, LabelledImages, load_fashion, to_rgb
 from training.data.prompts import CLASS_NAMES
 from training.state import step_generator
 from training.workspace import Stage, progress
@@ -33,9 +33,10 @@ class JudgeRecipe:
 
     name: str
     seed: int
-    width: int = 20
+    width: int = 32
+    hidden: int = 64  # of the classifier
     feature_dim: int = 64
-    steps: int = 1_000
+    steps: int = 1_500
     batch: int = 128
     lr: float = 2e-3
     reference_per_class: int = 1_500
@@ -44,7 +45,7 @@ class JudgeRecipe:
 
 
 FIRST = JudgeRecipe(name="first", seed=10)
-SECOND = JudgeRecipe(name="second", seed=20, width=16)
+SECOND = JudgeRecipe(name="second", seed=20, width=28)
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -56,18 +57,25 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.lerp(images, blurred, amount)
 
 
-def train_classifier(recipe: JudgeRecipe, data: LabelledImages, stage: Stage) -> Classifier:
-    """Cross entropy on real images only."""
+def train_maps(recipe: JudgeRecipe, data: LabelledImages, stage: Stage) -> tuple[FeatureMaps, nn.Module]:
+    """Feature maps and the classifier on top of them, by cross entropy on real images only."""
     torch.manual_seed(recipe.seed)
-    net = Classifier(NUM_CLASSES, recipe.width, recipe.feature_dim).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, weight_decay=1e-2)
+    maps = FeatureMaps(recipe.width).to(memory_format=torch.channels_last)
+    cells = (SIZE // 8) ** 2  # of the last map
+    head = nn.Sequential(
+        nn.Linear(4 * recipe.width * cells, recipe.hidden), nn.ReLU(), nn.Linear(recipe.hidden, NUM_CLASSES)
+    )
+    both = nn.ModuleList([maps, head])
+    optimizer = torch.optim.AdamW(both.parameters(), lr=recipe.lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps)
     with progress(recipe.steps, 0, f"judge {recipe.name}") as bar:
         for step in range(recipe.steps):
             generator = step_generator(recipe.seed, step)
             rows = torch.randint(len(data), (recipe.batch,), generator=generator)
             images = _augment(to_rgb(data.images[rows]), generator)
-            loss = F.cross_entropy(net(images), data.labels[rows], label_smoothing=0.05)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = head(maps(images)[0])
+            loss = F.cross_entropy(logits.float(), data.labels[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -75,12 +83,24 @@ def train_classifier(recipe: JudgeRecipe, data: LabelledImages, stage: Stage) ->
             bar.update()
             if (step + 1) % 400 == 0:
                 stage.track(step + 1, loss=loss.item())
-    return net.eval()
+    return maps.eval(), head.eval()
 
 
 @torch.no_grad()
-def _features(net: Classifier, images: Tensor) -> Tensor:
-    return torch.cat([net.features(to_rgb(part)) for part in images.split(1000)])
+def _maps_of(maps: FeatureMaps, images: Tensor) -> Tensor:
+    return torch.cat([maps(to_rgb(part))[1] for part in images.split(1000)])
+
+
+def principal_components(features: Tensor, dim: int) -> nn.Linear:
+    """Standardise, then project onto the ``dim`` directions of largest variance, as one linear map."""
+    mean, std = features.mean(dim=0), features.std(dim=0) + 1e-6
+    scaled = (features - mean) / std
+    values, directions = torch.linalg.eigh(scaled.T @ scaled)  # rising
+    weight = directions.flip(-1)[:, :dim].T / std
+    projection = nn.Linear(features.shape[-1], dim).requires_grad_(False)
+    projection.weight.copy_(weight)
+    projection.bias.copy_(-weight @ mean)
+    return projection
 
 
 def build_judge(recipe: JudgeRecipe, stage: Stage) -> tuple[ManifoldJudge, dict[str, object]]:
@@ -88,15 +108,18 @@ def build_judge(recipe: JudgeRecipe, stage: Stage) -> tuple[ManifoldJudge, dict[
     train, test = load_fashion("train"), load_fashion("test")
     order = torch.randperm(len(train), generator=step_generator(recipe.seed, 0))
     for_reference, for_classifier = order[: len(order) // 3], order[len(order) // 3 :]
-    net = train_classifier(recipe, LabelledImages(train.images[for_classifier], train.labels[for_classifier]), stage)
+    maps, head = train_maps(recipe, LabelledImages(train.images[for_classifier], train.labels[for_classifier]), stage)
 
+    seen = _maps_of(maps, train.images[for_reference])
+    projection = principal_components(seen, recipe.feature_dim)
+    labels = train.labels[for_reference]
     reference = []
     for label in range(NUM_CLASSES):
-        rows = for_reference[train.labels[for_reference] == label][: recipe.reference_per_class]
+        rows = (labels == label).nonzero().flatten()[: recipe.reference_per_class]
         if len(rows) < recipe.reference_per_class:
             raise ValueError(f"class {label} has {len(rows)} reference images, {recipe.reference_per_class} are needed")
-        reference.append(_features(net, train.images[rows]).half())
-    judge = ManifoldJudge(net, torch.stack(reference), torch.zeros(NUM_CLASSES), recipe.neighbours)
+        reference.append(projection(seen[rows]).half())
+    judge = ManifoldJudge(maps, projection, torch.stack(reference), torch.zeros(NUM_CLASSES), recipe.neighbours)
 
     # Even rows set the thresholds, odd rows confirm them.
     margins = torch.cat(
@@ -108,7 +131,7 @@ def build_judge(recipe: JudgeRecipe, stage: Stage) -> tuple[ManifoldJudge, dict[
         judge.log_threshold[label] = float(np.quantile(values, recipe.quantile))
     margins = margins - judge.log_threshold[test.labels]
     with torch.no_grad():
-        logits = torch.cat([net(to_rgb(part)) for part in test.images.split(1000)])
+        logits = torch.cat([head(maps(to_rgb(part))[0]) for part in test.images.split(1000)])
     report: dict[str, object] = {
         "accuracy": (logits.argmax(-1) == test.labels).float().mean().item(),
         "real_rate_threshold_half": (margins[first_half] > 0).float().mean().item(),
@@ -133,9 +156,7 @@ def train_judges() -> tuple[Path, Path]:
         stage.log.info("%s %s", recipe.name, report)
         write_json(path.with_suffix(".json"), report)
         metadata = {
-            "classes": str(NUM_CLASSES),
             "width": str(recipe.width),
-            "feature_dim": str(recipe.feature_dim),
             "neighbours": str(recipe.neighbours),
         }
         with atomic_path(path) as temporary:
