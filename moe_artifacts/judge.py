@@ -8,7 +8,7 @@ neighbour balls: Kynkaanniemi et al. 2019, arXiv:1904.06991. We differ in taking
 smoother than membership in a ball, and in looking at one class at a time.
 
 The features are the classifier's feature maps, not its last hidden layer: that one keeps what tells the classes apart and
-forgets much of what a finished image looks like, so that two judges trained apart disagreed (docs/decisions/0006).
+forgets much of what a finished image looks like, so that two judges trained apart disagreed (docs/decisions/0010).
 """
 
 from __future__ import annotations
