@@ -25,7 +25,7 @@ from training.data.fashion import SIZE, load_fashion, to_rgb
 from training.data.prompts import CLASS_NAMES, prompts_of
 from training.state import load_state, save_state, step_generator
 from training.tokenizer import build_tokenizer
-from training.workspace import Stage, compile_if_possible, progress, work_folder
+from training.workspace import Stage, progress, work_folder
 
 CONTEXT_LENGTH = 16
 TEXT_WIDTH = 64
@@ -210,7 +210,6 @@ def train_denoiser(recipe: GeneratorRecipe, vae: AutoencoderKL) -> Path:
     start = load_state(stage.folder / "state.safetensors", modules, optimizer)
     alphas_cumprod = build_scheduler().alphas_cumprod
     running = None
-    compile_if_possible(unet, stage.log)
     with progress(recipe.denoiser_steps, start, "denoiser") as bar:
         for step in range(start, recipe.denoiser_steps):
             generator = step_generator(recipe.seed + 1, step)
