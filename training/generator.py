@@ -39,12 +39,12 @@ class GeneratorRecipe:
     vae_steps: int = 1_500
     vae_batch: int = 64
     vae_lr: float = 1.5e-3
-    denoiser_steps: int = 7_500
+    denoiser_steps: int = 5_000
     denoiser_batch: int = 128
     denoiser_lr: float = 4e-4
     ema_decay: float = 0.999
     prompt_dropout: float = 0.1
-    save_every: int = 200
+    save_every: int = 100
 
 
 def build_vae() -> AutoencoderKL:
