@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 from benchmarks.results import write_results
@@ -55,7 +56,10 @@ def bundle() -> None:
     }
     embedder = dataclasses.replace(scorer.config.embedder, weights_sha256=scorer.embedder.weights_sha256())
     scorer.config = dataclasses.replace(scorer.config, embedder=embedder, provenance=provenance)
-    scorer.save_pretrained(BUNDLED / "scorer")  # float32: its thresholds were certified with these very weights
+    scorer.save_pretrained(BUNDLED / "scorer", torch.float16)
+    shipped = ArtifactScorer.from_pretrained(BUNDLED / "scorer").state_dict()
+    if changed := [k for k, v in scorer.state_dict().items() if not torch.equal(v, shipped[k])]:
+        raise SystemExit(f"float16 changes {changed[:5]}: the thresholds were certified with other weights")
 
     WEIGHTS.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(work / "judges" / "second.safetensors", WEIGHTS / "judge-second.safetensors")

@@ -259,7 +259,7 @@ def calibrate() -> Path:
             save_file(_contiguous(candidate.exit_head.state_dict()), temporary)
     scorer = build_scorer(heads, calibration, best[default][0].exit_head, checks)
     scorer.config = dataclasses.replace(scorer.config, threshold=thresholds[default])
-    scorer.save_pretrained(result)
+    scorer.save_pretrained(result, torch.float16)  # every part was rounded to it as soon as it was trained
     return result
 
 

@@ -60,7 +60,7 @@ class ClipRecipe:
     contrastive_steps: int = 400
     contrastive_batch: int = 512
     contrastive_lr: float = 1e-3
-    finetune_steps: int = 3_000
+    finetune_steps: int = 6_000
     finetune_batch: int = 512
     finetune_lr: float = 1.5e-3
     weight_decay: float = 0.05
@@ -279,10 +279,11 @@ def choose_mix(recipe: ClipRecipe, data: Recorded, validation: Recorded, parents
         table.append({"mix": mix, "auroc_within": score})
     best = max(table, key=lambda row: row["auroc_within"])
     write_json(stage.folder / "wise_ft.json", table)
+    mixed = interpolate(load_file(parents[0]), load_file(parents[1]), best["mix"])
+    # Rounded here, before anything is trained on its embeddings: the weights that are shipped are the ones measured.
+    shipped = {k: v.half() if v.is_floating_point() else v for k, v in mixed.items()}
     with atomic_path(result) as temporary:
-        save_file(
-            interpolate(load_file(parents[0]), load_file(parents[1]), best["mix"]), temporary, {"mix": str(best["mix"])}
-        )
+        save_file(shipped, temporary, {"mix": str(best["mix"])})
     return result
 
 

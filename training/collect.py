@@ -50,9 +50,9 @@ class Setting:
 DEFAULT = Setting()
 # What the scorer learns from: mostly the default scheduler at several lengths, and the others, so that it carries over.
 TRAIN_SETTINGS = (
-    Setting(steps=20), Setting(steps=25), Setting(scheduler="dpm", steps=20), Setting(steps=25),
-    Setting(scheduler="unipc", steps=16), Setting(steps=20), Setting(scheduler="euler-a", steps=25), Setting(steps=50),
-    Setting(steps=25), Setting(scheduler="dpm", steps=12), Setting(steps=20), Setting(scheduler="euler-a", steps=20),
+    Setting(steps=25), Setting(scheduler="dpm", steps=12), Setting(steps=50), Setting(scheduler="euler-a", steps=25),
+    Setting(steps=20), Setting(scheduler="unipc", steps=12), Setting(steps=25), Setting(scheduler="euler-a", steps=12),
+    Setting(steps=12), Setting(scheduler="dpm", steps=25), Setting(steps=50), Setting(scheduler="euler-a", steps=50),
 )  # fmt: skip
 
 

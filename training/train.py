@@ -37,8 +37,8 @@ class HeadRecipe:
     seed: int = 40
     variant: Literal["soft", "hard", "single-head"] = "soft"
     num_experts: int = 5
-    hidden_dim: int = 192
-    expert_dim: int = 24
+    hidden_dim: int = 128
+    expert_dim: int = 16
     dropout: float = 0.2
     steps: int = 800
     batch: int = 512
