@@ -117,6 +117,17 @@ def abort_step(statistic: StepValues, threshold: float) -> StepIndex:
     return (statistic < threshold).sum(dim=-1)
 
 
+def abort_boundary(rule: ThresholdConfig, progress: Tensor) -> Tensor:
+    """Posterior at which the economic rule aborts, at each progress; above 1 where it never does.
+
+    Example:
+        >>> rule = ThresholdConfig(rule="economic", threshold=0.55, boundary=((0.0, 0.4, 0.0), (1.0, 0.6, 0.0)))
+        >>> abort_boundary(rule, torch.tensor([0.0, 0.5]))
+        tensor([0.5000, 0.6000])
+    """
+    return _boundary(rule, progress, progress)[0] + 2 * rule.threshold - 1
+
+
 def clear_step(
     rule: ThresholdConfig,
     acc: Accumulated,

@@ -22,6 +22,7 @@ from moe_artifacts.files import write_json
 from moe_artifacts.guard.guard import ArtifactGuard
 from moe_artifacts.guard.output import GuardedOutput, promise
 from moe_artifacts.judge import ManifoldJudge
+from moe_artifacts.noise import progress as noise_progress
 from moe_artifacts.report import Picture, save_curves, save_grid
 from moe_artifacts.schedulers import SCHEDULERS, set_scheduler
 from moe_artifacts.scorer import ArtifactScorer
@@ -45,6 +46,7 @@ class DemoRun:
 
     guarded: GuardedOutput  # of all batches together
     finished: Preview  # every image asked for, from the run without the guard
+    log_snr_range: tuple[float, float]  # of the scorer
     margins: list[float | None]  # the judge's, of the finished images; None: it does not know the prompt's class
     seconds_guarded: float  # scoring included
     seconds_unguarded: float
@@ -146,7 +148,8 @@ class DemoRun:
             kept=[dataclasses.replace(pictures[i], image=out.images[k]) for k, i in enumerate(out.kept_indices)],
             stopped=[picture for i, picture in enumerate(pictures) if i not in kept],
         )
-        save_curves(paths[1], out.trajectory, out.verdicts, judged, out.rule)
+        progress = noise_progress(out.trajectory.log_snr, self.log_snr_range)
+        save_curves(paths[1], out.trajectory, out.verdicts, judged, out.rule, progress)
         write_json(paths[2], self.results())
         return paths
 
@@ -248,7 +251,12 @@ def run_demo(
         guarded_s, unguarded_s = guarded_s + between - began, unguarded_s + time.perf_counter() - between
     images = torch.cat(finished)
     return DemoRun(
-        _join(outputs), images, judge_margins(bundled_judge(name), prompts, images, name), guarded_s, unguarded_s
+        guarded=_join(outputs),
+        finished=images,
+        log_snr_range=scorer.config.log_snr_range,
+        margins=judge_margins(bundled_judge(name), prompts, images, name),
+        seconds_guarded=guarded_s,
+        seconds_unguarded=unguarded_s,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe_artifacts.calibrated import Calibrated
 from moe_artifacts.config import ThresholdConfig
+from moe_artifacts.decision import abort_boundary
 from moe_artifacts.errors import InputError
 from moe_artifacts.files import atomic_path
 from moe_artifacts.trajectory import Trajectory
@@ -77,6 +78,7 @@ def save_curves(
     verdicts: Sequence[Verdict],
     judged: Sequence[str],
     rule: ThresholdConfig | None,
+    progress: Float[Tensor, " step"] | None = None,
 ) -> None:
     """Cumulative artifact probability and posterior of every image at its scored steps, a cross where it was stopped.
 
@@ -85,8 +87,9 @@ def save_curves(
         verdicts: One per image.
         judged: What the judge says of each finished image; the colour of its curve.
         rule: Its threshold is drawn beside the quantity it decides by.
+        progress: Of the scored steps, in [0, 1]; needed by the economic rule, whose threshold depends on it.
     Raises:
-        InputError: If verdicts and judged are not one per image, or ``path`` does not end in .png.
+        InputError: If verdicts and judged are not one per image, ``path`` does not end in .png, or progress is missing.
     """
     _require_png(path)
     images = len(trajectory.prompts)
@@ -111,11 +114,20 @@ def save_curves(
     ]
     key.append(Line2D([], [], color="black", linestyle="none", marker="x", label="stopped"))
     if rule is not None:
-        # The other rules decide by the posterior: now, over several checks, or at one of them.
-        panel = panels[0] if rule.rule == "cumulative" else panels[1]
         line: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
-        panel.axhline(rule.threshold, **line)
-        key.append(Line2D([], [], label=f"threshold {rule.threshold:.3g} ({rule.rule})", **line))
+        label = f"threshold {rule.threshold:.3g} ({rule.rule})"
+        if rule.rule == "cumulative":
+            panels[0].axhline(rule.threshold, **line)
+        elif rule.rule == "economic":
+            if progress is None:
+                raise InputError("progress is missing: the economic rule's threshold depends on it")
+            needed = abort_boundary(rule, progress)
+            needed[needed > 1] = torch.nan  # it never aborts there
+            panels[1].plot(steps_done, needed.tolist(), marker="_", **line)
+            label = "posterior that aborts (economic)"
+        else:  # these decide by the posterior too: now, over several checks, or at one of them
+            panels[1].axhline(rule.threshold, **line)
+        key.append(Line2D([], [], label=label, **line))
     # Below the panels: inside, it would hide curves.
     figure.legend(handles=key, loc="outside lower center", ncols=len(key), title="The judge, of the finished image")
     with atomic_path(path) as temporary:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_artifacts.accumulator import Accumulated, accumulate
 from moe_artifacts.config import ThresholdConfig
-from moe_artifacts.decision import Decider, abort_step, clear_step, decide, path_statistic
+from moe_artifacts.decision import Decider, abort_boundary, abort_step, clear_step, decide, path_statistic
 from moe_artifacts.errors import InputError
 
 RULES = {
@@ -192,6 +192,19 @@ def test_progress_may_differ_from_image_to_image() -> None:
     for row in range(3):
         alone = Accumulated(*(getattr(acc, name)[[row]] for name in acc.__dataclass_fields__))
         assert path_statistic(rule, prob[[row]], alone, progress[row]).equal(whole[[row]])
+
+
+def test_the_economic_rule_aborts_where_the_posterior_reaches_its_boundary() -> None:
+    rule = make_rule("economic", threshold=0.625)  # a quarter above the boundary
+    progress = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    boundary = abort_boundary(rule, progress)
+    assert boundary.tolist() == pytest.approx([0.75, 0.5, 0.5 + 1 / 6, 1.0])
+    acc = accumulate(boundary[None], torch.full((1, 4), 0.25))
+    for step in range(4):
+        for change, reached in ((0.0, step), (-1e-3, 4)):
+            prob = torch.full((1, 4), 0.3)  # never cleared, never aborted
+            prob[0, step] = boundary[step] + change
+            assert abort_step(path_statistic(rule, prob, acc, progress), rule.threshold).item() == reached
 
 
 def test_the_economic_rule_asks_for_progress() -> None:

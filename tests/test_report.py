@@ -75,10 +75,15 @@ def test_long_texts_and_broken_images_are_shown_as_far_as_possible(tmp_path):
     Image.open(tmp_path / "grid.png").verify()
 
 
-@pytest.mark.parametrize("rule", ["cumulative", "posterior", None])
+BOUNDARY = ((0.1, 0.4, 0.0), (0.5, 0.8, 0.1), (0.9, 1.5, 0.2))
+
+
+@pytest.mark.parametrize("rule", ["cumulative", "posterior", "economic", None])
 def test_curves_are_drawn_in_the_colours_of_the_judgements(tmp_path, rule):
-    threshold = None if rule is None else ThresholdConfig(rule=rule, threshold=0.3)
-    save_curves(tmp_path / "curves.png", scored(), verdicts(), ["artifacts", "clean", "unknown class"], threshold)
+    boundary = BOUNDARY if rule == "economic" else None
+    threshold = None if rule is None else ThresholdConfig(rule=rule, threshold=0.3, boundary=boundary)
+    judged, progress = ["artifacts", "clean", "unknown class"], torch.tensor([0.1, 0.5, 0.9])
+    save_curves(tmp_path / "curves.png", scored(), verdicts(), judged, threshold, progress)
     Image.open(tmp_path / "curves.png").verify()
     for colour in (*COLOURS.values(), OTHER_COLOUR):
         assert count_pixels(tmp_path / "curves.png", colour) > 10  # the key at least; the curves are transparent
@@ -87,6 +92,9 @@ def test_curves_are_drawn_in_the_colours_of_the_judgements(tmp_path, rule):
 def test_what_does_not_fit_together_is_refused_by_name(tmp_path):
     with pytest.raises(InputError, match=r"one per image, 3, got 3 and 2"):
         save_curves(tmp_path / "curves.png", scored(), verdicts(), ["clean"] * 2, None)
+    economic = ThresholdConfig(rule="economic", threshold=0.5, boundary=BOUNDARY)
+    with pytest.raises(InputError, match="progress is missing"):
+        save_curves(tmp_path / "curves.png", scored(), verdicts(), ["clean"] * 3, economic)
     with pytest.raises(InputError, match=r"must end in \.png"):
         save_curves(tmp_path / "curves", scored(), verdicts(), ["clean"] * 3, None)
     with pytest.raises(InputError, match="both empty"):
