@@ -10,11 +10,12 @@ import re
 from pathlib import Path
 
 from benchmarks import reward_tables
+from benchmarks.ablation import page as ablation_page
 from benchmarks.tables import Row, interval, markdown, percent, rows_of, three
 from moe_artifacts.files import atomic_path
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "rewards.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "rewards.md", ROOT / "docs" / "ablation.md")
 
 
 def quality() -> str:
@@ -134,9 +135,11 @@ def spread(row: Row) -> str:
     return f"{100 * row['low']:.2f} % to {100 * row['high']:.2f} %"
 
 
-TABLES = {
-    table.__name__: table for table in (quality, rules, mixture, transfer, guidance, savings, overhead)
-} | reward_tables.TABLES
+TABLES = (
+    {table.__name__: table for table in (quality, rules, mixture, transfer, guidance, savings, overhead)}
+    | reward_tables.TABLES
+    | ablation_page.TABLES
+)
 
 
 def filled(text: str) -> str:

@@ -13,6 +13,7 @@ forgets much of what a finished image looks like, so that two judges trained apa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,12 +29,18 @@ GRID = 4  # the feature maps are averaged to so many cells a side: they tell wha
 
 
 class FeatureMaps(nn.Module):
-    """The convolutions of a small classifier of grey 32x32 images; the maps of the last two of its three stages are features."""
+    """The convolutions of a small classifier; the maps of the last two of its three stages are features.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: Channels of the first stage; each of the others has twice as many as the one before.
+        coloured: Look at the three colours, and not at their mean.
+    """
+
+    def __init__(self, width: int, coloured: bool = False) -> None:
         super().__init__()
+        self.width, self.coloured = width, coloured
         stages = []
-        channels = 1
+        channels = 3 if coloured else 1
         for out in (width, 2 * width, 4 * width):
             layers = [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
             layers += [nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)]
@@ -43,9 +50,10 @@ class FeatureMaps(nn.Module):
         self.dim = 6 * width * GRID**2
 
     def forward(self, images: Preview) -> tuple[Float[Tensor, "batch map"], Float[Tensor, "batch middle_and_last"]]:
-        """The last map, and the last two averaged to ``GRID``, each flattened, of RGB images in [0, 1]; colour is ignored."""
+        """The last map, and the last two averaged to ``GRID``, each flattened, of RGB images in [0, 1]."""
         first, middle, last = self.stages
-        middle_map = middle(first(images.mean(dim=1, keepdim=True) * 2 - 1))
+        seen = images if self.coloured else images.mean(dim=1, keepdim=True)
+        middle_map = middle(first(seen * 2 - 1))
         last_map = last(middle_map)
         pooled = [F.adaptive_avg_pool2d(m, GRID).flatten(1) for m in (middle_map, last_map)]
         return last_map.flatten(1), torch.cat(pooled, dim=1)
@@ -57,20 +65,29 @@ class ManifoldJudge(nn.Module):
     Args:
         maps: Trained on real images only.
         projection: From the maps to the feature space: standardised principal components of real images.
-        reference: Projected real images of each class.
+        reference: Projected real images of each class; a class that has fewer than another is filled up with NaN.
+        neighbours: The nearest real images that count.
+        size: Pixels a side of the images that it looks at.
     """
 
     reference: Tensor  # class real feature
     log_threshold: Tensor  # class
 
     def __init__(
-        self, maps: FeatureMaps, projection: nn.Linear, reference: Tensor, log_threshold: Tensor, neighbours: int
+        self,
+        maps: FeatureMaps,
+        projection: nn.Linear,
+        reference: Tensor,
+        log_threshold: Tensor,
+        neighbours: int,
+        size: int = 32,
     ) -> None:
         super().__init__()
         self.maps, self.projection = maps.eval(), projection
-        self.neighbours = neighbours
+        self.neighbours, self.size = neighbours, size
         self.register_buffer("reference", reference.float())
         self.register_buffer("log_threshold", log_threshold.float())
+        self._reference_counts = (~reference.isnan().any(dim=-1)).sum(dim=-1).tolist()
 
     @torch.no_grad()
     def features(self, images: Preview) -> Float[Tensor, "batch feature"]:
@@ -82,7 +99,7 @@ class ManifoldJudge(nn.Module):
         """Log of distance over threshold; above 0 the image counts as one with artifacts.
 
         Args:
-            images: Finished images, RGB in [0, 1], 32x32 pixels.
+            images: Finished images, RGB in [0, 1], of ``size`` x ``size`` pixels.
             labels: The class that the prompt asked for.
         Raises:
             InputError: If a label is not one of the judge's classes, or images and labels differ in number.
@@ -96,7 +113,8 @@ class ManifoldJudge(nn.Module):
         distance = torch.empty(len(images))
         for label in labels.unique().tolist():
             rows = labels == label
-            nearest = torch.cdist(features[rows], self.reference[label]).topk(self.neighbours, largest=False).values
+            real = self.reference[label, : self._reference_counts[label]]
+            nearest = torch.cdist(features[rows], real).topk(self.neighbours, largest=False).values
             distance[rows] = nearest.mean(dim=-1)
         return distance.log() - self.log_threshold[labels]
 
@@ -106,6 +124,26 @@ class ManifoldJudge(nn.Module):
             k: (v.half() if v.is_floating_point() and k != "log_threshold" else v).contiguous()
             for k, v in self.state_dict().items()
         }
+
+    def metadata(self) -> dict[str, str]:
+        """What ``load_judge`` needs beside the tensors."""
+        facts = {"width": self.maps.width, "coloured": int(self.maps.coloured)}
+        facts |= {"neighbours": self.neighbours, "size": self.size}
+        return {name: str(value) for name, value in facts.items()}
+
+
+def class_in(prompt: str, classes: Sequence[Sequence[str]]) -> int | None:
+    """The class that a prompt asks for, by the longest name in it; None where there is none.
+
+    Args:
+        classes: The names of each class, in lower case.
+    Example:
+        >>> class_in("A leather boot", [["bag"], ["boot", "leather boot"], ["leather"]])
+        1
+    """
+    text = f" {prompt.lower()} "
+    found = [(len(name), k) for k, names in enumerate(classes) for name in names if f" {name} " in text]
+    return max(found)[1] if found else None
 
 
 def load_judge(path: Path) -> ManifoldJudge:
@@ -118,11 +156,11 @@ def load_judge(path: Path) -> ManifoldJudge:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-        maps = FeatureMaps(int(metadata["width"]))
+        # The first judges were all grey and of 32 pixels, and their files do not say so.
+        maps = FeatureMaps(int(metadata["width"]), coloured=bool(int(metadata.get("coloured", 0))))
         projection = nn.Linear(maps.dim, tensors["reference"].shape[-1])
-        judge = ManifoldJudge(
-            maps, projection, tensors["reference"], tensors["log_threshold"], int(metadata["neighbours"])
-        )
+        neighbours, size = int(metadata["neighbours"]), int(metadata.get("size", 32))
+        judge = ManifoldJudge(maps, projection, tensors["reference"], tensors["log_threshold"], neighbours, size)
         judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable judge: {error}") from error

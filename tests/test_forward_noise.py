@@ -32,7 +32,7 @@ from moe_artifacts.errors import InputError, LatentSpaceError, UnsupportedPipeli
 from moe_artifacts.latent_spaces import space_of_vae
 from moe_artifacts.noise import NoiseLevel, noise_levels
 from moe_artifacts.preview import LinearPreview, TinyPreview, VaePreview
-from training import noised_shards
+from training import row_jobs
 from training.data.fashion import FILES
 from training.data.images import BadImage
 from training.data.pairs import read_pairs
@@ -41,7 +41,7 @@ from training.forward_chain import add_noise, chain_step, draw_levels
 from training.forward_noise import ForwardNoise, NoiseOptions, main, make_preview
 from training.image_rows import FashionImages, ImageRow, TableImages
 from training.noise_grids import NoiseGrid, model_scheduler, parse_grids
-from training.noised_shards import parse_shard, shard_files
+from training.row_jobs import parse_shard, shard_files
 
 # diffusers 0.42 with numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
@@ -570,8 +570,8 @@ def test_a_full_disk_leaves_whole_shards_and_a_message(data, capsys, monkeypatch
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return saved(tensors, path)
 
-    saved = noised_shards.save_file
-    monkeypatch.setattr(noised_shards, "save_file", save)
+    saved = row_jobs.save_file
+    monkeypatch.setattr(row_jobs, "save_file", save)
     assert main(arguments(data, "out")) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in shard_files(data / "out")] == ["000000.parquet", "000001.parquet"]

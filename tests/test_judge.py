@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from unittest.mock import create_autospec
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,9 +13,9 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-import training.judges
 from moe_artifacts.errors import CheckpointError, InputError
 from moe_artifacts.judge import FeatureMaps, ManifoldJudge, load_judge
+from training.data.class_images import ClassImages
 from training.data.fashion import LabelledImages
 from training.judges import JudgeRecipe, build_judge, principal_components
 from training.workspace import Stage
@@ -77,7 +78,7 @@ def test_an_image_does_not_depend_on_its_batch_mates() -> None:
     torch.testing.assert_close(margins[order], part, atol=1e-4, rtol=0)
 
 
-def test_colour_is_ignored() -> None:
+def test_a_grey_judge_ignores_colour() -> None:
     judge, (images, labels) = make_judge(), make_images()
     grey = images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
     torch.testing.assert_close(judge.margin(grey, labels), judge.margin(images, labels), atol=1e-4, rtol=0)
@@ -133,18 +134,22 @@ def test_a_file_that_is_no_judge_is_named(tmp_path: Path) -> None:
         load_judge(tmp_path / "absent.safetensors")
 
 
-def test_thresholds_leave_one_real_image_in_twenty_above(monkeypatch: pytest.MonkeyPatch) -> None:
+def made_up(count: int, per_class: int) -> ClassImages:
+    """Noise for both parts, 10 classes."""
     generator = torch.Generator().manual_seed(2)
+    images = torch.randint(256, (2, count, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(count) // per_class
+    names = tuple((f"class {k}",) for k in range(10))
+    return ClassImages(LabelledImages(images[0], labels), LabelledImages(images[1], labels), names)
 
-    def made_up(split: str) -> LabelledImages:
-        # 40 images a class: 20 of them, at even rows, set the threshold.
-        images = torch.randint(256, (400, 28, 28), generator=generator, dtype=torch.uint8)
-        return LabelledImages(images, torch.arange(400) // 40)
 
-    monkeypatch.setattr(training.judges, "load_fashion", made_up)
-    recipe = JudgeRecipe(name="tiny", seed=0, width=2, feature_dim=4, steps=2, batch=8, reference_per_class=6)
-    judge, report = build_judge(recipe, create_autospec(Stage, instance=True))
-    assert judge.reference.shape == (10, 6, 4)
+def test_thresholds_leave_one_real_image_in_twenty_above() -> None:
+    # 40 images a class: 20 of them, at even rows, set the threshold.
+    recipe = JudgeRecipe(
+        name="tiny", seed=0, width=2, feature_dim=4, steps=2, batch=8, reference_per_class=6, neighbours=3
+    )
+    judge, report = build_judge(recipe, made_up(400, 40), create_autospec(Stage, instance=True))
+    assert judge.reference.shape == (10, 6, 4) and judge.reference.isfinite().all()
     # The 95th percentile of 20 numbers lies between the 19th and the last.
     assert report["real_rate_threshold_half"] == pytest.approx(1 / 20)
     by_class = report["real_rate_other_half_by_class"]
@@ -160,9 +165,45 @@ def test_principal_components_are_those_of_scikit_learn() -> None:
     torch.testing.assert_close(projected.abs(), torch.from_numpy(expected).float().abs(), rtol=5e-3, atol=1e-3)
 
 
-def test_too_few_reference_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = LabelledImages(torch.zeros(60, 28, 28, dtype=torch.uint8), torch.arange(60) % 10)
-    monkeypatch.setattr(training.judges, "load_fashion", lambda split: few)
-    recipe = JudgeRecipe(name="tiny", seed=0, width=2, steps=2, batch=4, reference_per_class=50)
-    with pytest.raises(ValueError, match=r"class 0 has \d+ reference images, 50 are needed"):
-        build_judge(recipe, create_autospec(Stage, instance=True))
+def test_too_few_reference_images_are_refused() -> None:
+    recipe = JudgeRecipe(name="tiny", seed=0, width=2, steps=2, batch=4)
+    with pytest.raises(InputError, match=r"the class 'class 0' has \d reference images, 10 are needed"):
+        build_judge(recipe, made_up(60, 6), create_autospec(Stage, instance=True))
+
+
+def test_a_class_with_fewer_references_is_filled_up(tmp_path: Path) -> None:
+    judge, (images, labels) = make_judge(), make_images()
+    few = ManifoldJudge(judge.maps, judge.projection, judge.reference[:, :10], judge.log_threshold, NEIGHBOURS)
+    ragged = judge.reference.clone()
+    ragged[1, 10:] = torch.nan
+    mixed = ManifoldJudge(judge.maps, judge.projection, ragged, judge.log_threshold, NEIGHBOURS)
+    expected = torch.where(labels == 1, few.margin(images, labels), judge.margin(images, labels))
+    torch.testing.assert_close(mixed.margin(images, labels), expected, atol=1e-4, rtol=0)  # another order of adding
+    loaded = load_judge(save(mixed, tmp_path / "judge.safetensors"))
+    torch.testing.assert_close(loaded.margin(images, labels), expected, atol=5e-3, rtol=0)  # float16
+
+
+def test_a_coloured_judge_sees_colours_and_its_file_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    maps = FeatureMaps(WIDTH, coloured=True)
+    projection = torch.nn.Linear(maps.dim, FEATURES)
+    judge = ManifoldJudge(maps, projection, torch.randn(CLASSES, 10, FEATURES), torch.zeros(CLASSES), 3, size=64)
+    save_file(judge.tensors(), tmp_path / "judge.safetensors", judge.metadata())
+    loaded = load_judge(tmp_path / "judge.safetensors")
+    assert (loaded.size, loaded.neighbours, loaded.maps.coloured) == (64, 3, True)
+    images, labels = torch.rand(3, 3, 64, 64), torch.arange(3)
+    margins = judge.margin(images, labels)
+    torch.testing.assert_close(loaded.margin(images, labels), margins, atol=5e-3, rtol=0)  # float16
+    images[:, 0], images[:, 1:] = 1, 0
+    red, blue = judge.features(images), judge.features(images.flip(1))
+    assert (red - blue).abs().max() > 1e-3  # a grey judge's differ by rounding, some 1e-8
+
+
+@pytest.mark.parametrize("count", [20, 50, 500])
+def test_the_threshold_of_few_images_leaves_as_many_above_as_that_of_many(count: int) -> None:
+    generator = np.random.default_rng(0)
+    thresholds = np.quantile(generator.random((20_000, count)), 0.95, axis=1, method="weibull")
+    # Uniform numbers: the share above a threshold t is 1 - t. Standard error of the mean: below 0.05 / sqrt(20,000).
+    assert (1 - thresholds).mean() == pytest.approx(0.05, abs=0.002)
+    if count == 20:
+        assert (1 - np.quantile(generator.random((20_000, count)), 0.95, axis=1)).mean() > 0.08

@@ -15,7 +15,8 @@ import training.data.pairs
 from moe_artifacts.errors import InputError
 from tests.some_pairs import LEVELS, trajectory
 from training.data.pairs import MicroBatches, PreviewPairs, RowSampler, hold_out, read_pairs
-from training.noised_shards import ShardRows, write_shard
+from training.noised_shards import COLUMNS
+from training.row_jobs import ShardRows, write_shard
 
 NAN = math.nan
 
@@ -87,7 +88,7 @@ def test_trajectories_without_labels_or_latents(tmp_path: Path) -> None:
 
 def shard(folder: Path, number: int, prompts: list[str], **tensors: Tensor) -> None:
     count = len(prompts)
-    rows = ShardRows(tensors={name: [value] for name, value in tensors.items()})
+    rows = ShardRows(COLUMNS, tensors={name: [value] for name, value in tensors.items()})
     label = [None if i == 0 else 0.25 for i in range(count)]
     numbers = list(range(count))
     columns = (map(str, numbers), prompts, label, numbers, ["ddim"] * count, numbers, [float(i) for i in numbers])

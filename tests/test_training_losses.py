@@ -17,7 +17,8 @@ from training.ancestor import Ancestor, rating
 from training.clip import EMBED_DIM, MARGIN_SCALE, artifact_loss, draw_checks, multi_positive_loss
 from training.collect import LOG_SNR_RANGE, Recorded
 from training.exit_head import ExitData, ExitRecipe, exit_data, exit_masses, train_exit
-from training.train import MAIN, Embedded, HeadRecipe, Heads, draw_subset, equal_single_width, sequence, states_of
+from training.heads import HeadRecipe, Heads, draw_subset, equal_single_width, iter_states, sequence
+from training.train import MAIN, SPACE, Embedded
 
 NAN = math.nan
 SMALL = HeadRecipe(name="small", num_experts=3, hidden_dim=40, expert_dim=6)
@@ -100,18 +101,19 @@ def embedded() -> Embedded:
         embedding[row, :missing], log_snr[row, :missing] = 0, NAN
     return Embedded(
         embedding=embedding.half(),
-        prompt=F.normalize(torch.randn(3, EMBED_DIM), dim=-1),
+        text=F.normalize(torch.randn(3, EMBED_DIM), dim=-1),
         log_snr=log_snr,
         spent=torch.tensor([0.1, 0.3, 0.5, 0.8, 1.0]).repeat(3, 1),
-        label=torch.tensor([0, 1, 1]),
         margin=torch.tensor([0.4, -0.2, 0.1]),
+        prompt_id=torch.tensor([0, 1, 1]),
     )
 
 
 @pytest.mark.parametrize("checks", [[0, 1, 2, 3, 4], [0, 2, 4], [1, 3, 4], [4]])
 def test_the_features_agree_with_a_walk_along_each_run(checks: list[int]) -> None:
     data, rows = embedded(), [2, 0, 1]
-    features, at, before, present = sequence(data, torch.tensor(rows), torch.tensor(checks))
+    seen = sequence(data.take(torch.tensor(rows)), torch.tensor(checks), SPACE)
+    features, at, before, present = seen.features, seen.at, seen.before, seen.present
     for i, row in enumerate(rows):
         last_embedding, last_progress = None, 0.0
         for j, check in enumerate(checks):
@@ -124,7 +126,7 @@ def test_the_features_agree_with_a_walk_along_each_run(checks: list[int]) -> Non
             delta = torch.zeros(EMBED_DIM)
             if last_embedding is not None:
                 delta = (embedding - last_embedding) / max(here - last_progress, SMALLEST_STRIDE)
-            expected = torch.cat([embedding, delta, data.prompt[row]])
+            expected = torch.cat([embedding, delta, data.text[row]])
             torch.testing.assert_close(features[i, j], expected, atol=1e-5, rtol=1e-5)
             assert (at[i, j].item(), before[i, j].item()) == pytest.approx((here, last_progress), abs=1e-6)
             last_embedding, last_progress = embedding, here
@@ -135,7 +137,7 @@ def test_the_exit_head_sees_the_state_before_and_no_stride_where_a_check_is_miss
     source = embedded()
     missing = source.log_snr.isnan()
     state = torch.randn(3, 5, 2).masked_fill(missing[..., None], 0)
-    data = ExitData(state, torch.zeros(3, 5), source.log_snr, source.spent, source.bad)
+    data = ExitData(state, torch.zeros(3, 5), source.log_snr, source.spent, source.label, LOG_SNR_RANGE)
     now, previous, at, before = data.at(torch.arange(3), torch.tensor(checks))
     for row in range(3):
         last_state, last_progress = torch.zeros(2), 0.0
@@ -168,25 +170,29 @@ def test_all_checks_are_looked_at_half_of_the_time_and_each_of_them_is_left_out_
 
 def test_the_single_head_has_as_many_parameters_as_the_mixture() -> None:
     def size(r: HeadRecipe) -> int:
-        return sum(p.numel() for p in Heads(r).parameters())
+        return sum(p.numel() for p in Heads(r, SPACE).parameters())
 
-    width = equal_single_width(MAIN)
-    single = dataclasses.replace(MAIN, variant="single-head", hidden_dim=width)
-    assert size(single) == pytest.approx(size(MAIN), rel=0.01)
-    assert width > MAIN.hidden_dim
+    assert size(dataclasses.replace(MAIN, variant="single-head")) == pytest.approx(size(MAIN), rel=0.01)
+    assert equal_single_width(MAIN, SPACE) > MAIN.hidden_dim
 
 
 @pytest.mark.parametrize("variant", ["soft", "hard", "single-head"])
 def test_states_do_not_depend_on_the_batch_and_are_zero_where_a_check_is_missing(variant: str) -> None:
     data = embedded()
-    heads = Heads(dataclasses.replace(SMALL, variant=variant))  # type: ignore[arg-type]
+    heads = Heads(dataclasses.replace(SMALL, variant=variant), SPACE)  # type: ignore[arg-type]
     checks = torch.tensor([0, 2, 4])
-    logit, state = states_of(heads, data, checks)
-    assert (logit.shape, state.shape) == ((3, 3), (3, 3, SMALL.hidden_dim))
+
+    def states_of(batch: int) -> tuple[Tensor, Tensor]:
+        found = [(logit, state) for _, logit, state in iter_states(heads, data, checks, batch)]
+        logit, state = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return logit, state
+
+    logit, state = states_of(batch=3)
+    assert (logit.shape, state.shape) == ((3, 3), (3, 3, heads.margin.in_features))
     missing = data.log_snr[:, checks].isnan()
     assert missing.any() and (logit[missing] == 0).all() and (state[missing] == 0).all()
     assert (logit[~missing] != 0).all()
-    for whole, part in zip((logit, state), states_of(heads, data, checks, batch=1), strict=True):
+    for whole, part in zip((logit, state), states_of(batch=1), strict=True):
         torch.testing.assert_close(whole, part, atol=1e-5, rtol=1e-5)  # matmul order changes with the batch
     found = exit_data(heads, Calibration(LOG_SNR_RANGE), data, checks)
     torch.testing.assert_close(found.prob, torch.where(missing, 0.0, logit.sigmoid()))
@@ -205,6 +211,7 @@ def two_kinds(count: int = 32) -> ExitData:
         log_snr=torch.linspace(*LOG_SNR_RANGE, 5).repeat(count, 1),
         spent=torch.linspace(0.2, 1, 5).repeat(count, 1),
         bad=bad,
+        log_snr_range=LOG_SNR_RANGE,
     )
 
 

@@ -8,8 +8,7 @@ import torch
 
 from benchmarks import readme
 from moe_artifacts.config import ThresholdConfig
-from training import tables
-from training.collect import Recorded
+from training import metrics, tables
 from training.scored import Scored
 
 COUNT = 400
@@ -19,7 +18,8 @@ CALLS = np.array([7, 12, 17, 25, 50])
 @pytest.fixture(autouse=True)
 def known_rates(monkeypatch):
     monkeypatch.setattr(tables, "shipped_rules", lambda: {"bad_rate": 0.25, "class_rate": [0.1, 0.4]})
-    monkeypatch.setattr(tables, "bootstrap", lambda measure, count, **_: (measure(np.arange(count)),) * 2)
+    for module in (tables, metrics):
+        monkeypatch.setattr(module, "bootstrap", lambda measure, count, **_: (measure(np.arange(count)),) * 2)
 
 
 def scored(prob_of_bad: float, prob_of_clean: float) -> Scored:
@@ -28,22 +28,18 @@ def scored(prob_of_bad: float, prob_of_clean: float) -> Scored:
     label = torch.arange(COUNT) // 4 % 2
     prob = torch.where(bad, prob_of_bad, prob_of_clean)[:, None].expand(-1, len(CALLS)).clone()
     at = torch.linspace(0.2, 1.0, len(CALLS)).expand(COUNT, -1)
-    nothing = torch.zeros(COUNT, 1, 1, 1)
-    data = Recorded(
-        x0=nothing,
-        log_snr=torch.zeros(COUNT, len(CALLS)),
-        step=torch.tensor(CALLS - 1).expand(COUNT, -1),
-        num_steps=torch.full((COUNT,), 50),
-        prompts=["a coat"] * COUNT,
-        label=label,
-        margin=torch.where(bad, 0.1, -0.1),
-        margin_second=torch.where(bad, 0.2, -0.2),
-        seeds=torch.arange(COUNT),
-        noisy=nothing,
-        final=nothing,
-    )
     before = torch.cat([torch.zeros(COUNT, 1), at[:, :-1]], dim=1)
-    return Scored(prob, torch.full_like(prob, 30.0), torch.zeros(COUNT, len(CALLS), 3), at, before, CALLS, data)
+    return Scored(
+        prob=prob,
+        mass=torch.full_like(prob, 30.0),
+        state=torch.zeros(COUNT, len(CALLS), 3),
+        at=at,
+        before=before,
+        calls=CALLS,
+        total_calls=50,
+        label=bad.float(),
+        prompt=label.numpy(),
+    )
 
 
 def test_a_scorer_that_knows_has_perfect_figures():

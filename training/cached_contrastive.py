@@ -37,6 +37,8 @@ def cached_backward(
     embed: Callable[[BatchT], tuple[Embedding, Embedding]],
     batches: Sequence[BatchT],
     loss: Callable[[Embedding, Embedding], Tensor],
+    gather: Callable[[Embedding], Embedding] | None = None,
+    processes: int = 1,
 ) -> Tensor:
     """Add to ``.grad`` what ``loss(*embed(whole batch)).backward()`` would add, up to rounding.
 
@@ -49,6 +51,9 @@ def cached_backward(
             keeps one in memory.
         loss: Of all features, in the order of the batches: ``clip_loss`` or ``siglip_loss`` of this module, or any other
             differentiable function. The temperature belongs in here.
+        gather: Features of this process's rows to those of all processes, with the gradient of its own. What is added is
+            then this process's part of the gradient of the whole batch: the parts are to be summed.
+        processes: How many there are.
     Returns:
         The loss, without a graph.
     Raises:
@@ -67,9 +72,10 @@ def cached_backward(
     sizes = [len(image) for image, _ in features]
     leaves = [torch.cat(parts).requires_grad_() for parts in zip(*features, strict=True)]
     del features
-    value = loss(*leaves)
-    value.backward()
-    gradients = zip(*(_gradient(leaf).split(sizes) for leaf in leaves), strict=True)
+    value = loss(*(leaves if gather is None else map(gather, leaves)))
+    # Each process has all of the gradient at the temperature, of which it adds its part, and that at its own rows' features.
+    (value / processes).backward()
+    gradients = zip(*(_gradient(leaf).mul_(processes).split(sizes) for leaf in leaves), strict=True)
     for batch, state, gradient in zip(batches, states, gradients, strict=True):
         with _from_random_state(state):
             _send_back(embed(batch), gradient)

@@ -24,6 +24,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,15 +37,16 @@ from moe_artifacts.config import to_dict
 from moe_artifacts.embedder import state_sha256
 from moe_artifacts.errors import ConfigError, InputError, MoeArtifactsError
 from moe_artifacts.files import read_json, write_json
-from moe_artifacts.shapes import Embedding
+from moe_artifacts.shapes import Embedding, Rows
 from training.band_probe import Bands, band_scores, bands_with_both_kinds, embed_rows
 from training.cached_contrastive import cached_backward, clip_loss, siglip_loss
 from training.clip_towers import Head, Towers, build_embedder, load_preview
 from training.data.pairs import MicroBatches, PreviewPairs, RowSampler, hold_out, read_pairs
-from training.state import load_state, step_generator
-from training.state import save_state as save_training
+from training.loop import StepBatch, TrainingLoop, cosine_schedule
+from training.processes import Processes
+from training.state import step_generator
 from training.wise_ft import MIXES, as_rows, best_mix, best_per_band, sweep, write_mix
-from training.workspace import progress
+from training.workspace import open_tracker
 
 HIGHEST_SCALE = 100.0  # of the logits, as in open_clip
 
@@ -97,7 +99,8 @@ class Tuning:
     def __init__(
         self, towers: Towers, pairs: PreviewPairs, recipe: TuneRecipe, out: Path, tracker: str = "none"
     ) -> None:
-        self.towers, self.recipe, self.out = towers, recipe, out
+        self.processes = Processes(towers.embedder.clip.logit_scale.device)
+        self.towers, self.recipe, self.out = towers.to(self.processes.device), recipe, out
         if recipe.loss == "siglip" and getattr(towers.embedder.clip, "logit_bias", None) is None:
             raise ConfigError('loss="siglip" needs a model with a logit_bias: set "init_logit_bias": -10 in its JSON')
         self.log = logging.getLogger(__name__)
@@ -107,20 +110,15 @@ class Tuning:
         middle, half = (low + high).item() / 2, max((high - low).item() / 2, 0.5)  # half a nat, if all have one level
         self.bands = Bands(recipe.bands, (middle - half, middle + half))
         self._find_labels()
-        self._claim_folder(pairs)
-        self._accelerator: Any = None
-        if tracker != "none":
-            from accelerate import Accelerator
-
-            self._accelerator = Accelerator(log_with=tracker, project_dir=out, cpu=True)
-            self._accelerator.init_trackers("tracker")
+        self.processes.on_main(partial(self._claim_folder, pairs))
+        self._accelerator = None if tracker == "none" or not self.processes.is_main else open_tracker(tracker, out)
 
     def run(self) -> Path:
         """All three parts; the file of the chosen embedder."""
-        self._write("plain")
+        self.processes.on_main(partial(self._write, "plain"))
         self.tune_to_noise()
         self.tune_to_labels()
-        return self.choose_mix()
+        return Path(self.processes.on_main(lambda: str(self.choose_mix())))
 
     def tune_to_noise(self) -> Path:
         """Part 1; writes ``noise_tuned.safetensors``."""
@@ -132,18 +130,19 @@ class Tuning:
             _parameter_groups(self.towers, recipe.noise_lr, recipe.weight_decay), betas=(0.9, 0.98), eps=1e-6
         )
 
-        def gradient(generator: torch.Generator) -> Tensor:
-            rows = sampler.draw(recipe.batch, generator)
-            same = self.train.prompt[rows].to(clip.logit_scale.device)
+        def loss_of(batch: StepBatch) -> Tensor:
+            same = batch.gather(self.train.prompt[batch.rows].to(batch.device))
 
             def loss(image: Embedding, text: Embedding) -> Tensor:
                 if recipe.loss == "siglip":
                     return siglip_loss(image, text, clip.logit_scale.exp(), clip.logit_bias, same)
                 return clip_loss(image, text, clip.logit_scale.exp(), same)
 
-            return cached_backward(self.towers, MicroBatches(self.train, rows, recipe.micro_batch), loss)
+            micro_batches = MicroBatches(self.train, batch.rows, recipe.micro_batch)
+            return cached_backward(self._training_towers(), micro_batches, loss, batch.gather, self.processes.count)
 
-        return self._part("noise_tuned", recipe.noise_steps, {"embedder": embedder}, optimizer, gradient)
+        loop = self._loop("noise_tuned", recipe.noise_steps, {"embedder": embedder}, optimizer)
+        return self._part(loop, loss_of, partial(sampler.draw, recipe.batch), backward=False)
 
     def tune_to_labels(self) -> Path:
         """Part 2; writes ``classified.safetensors``. WiSE-FT, not early stopping, keeps it from going too far."""
@@ -156,19 +155,14 @@ class Tuning:
         groups = _parameter_groups(self.towers, recipe.classify_lr, recipe.weight_decay)
         optimizer = torch.optim.AdamW(groups + _parameter_groups(head, recipe.head_lr, recipe.weight_decay))
 
-        def gradient(generator: torch.Generator) -> Tensor:
-            rows = sampler.draw(recipe.classify_batch, generator)
-            total = torch.zeros(())
-            for batch in MicroBatches(known, rows, recipe.micro_batch):
-                logit = head(*self.towers(batch), batch.log_snr)
-                loss = F.binary_cross_entropy_with_logits(logit, batch.label.to(logit.device), reduction="sum")
-                (loss / len(rows)).backward()
-                total += loss.detach().cpu() / len(rows)
-            return total
+        def loss_of(batch: StepBatch) -> Tensor:
+            pairs = known.batch(batch.rows)
+            logit = head(*self._training_towers()(pairs), pairs.log_snr)
+            return F.binary_cross_entropy_with_logits(logit, pairs.label.to(logit.device))
 
-        return self._part(
-            "classified", recipe.classify_steps, {"embedder": self.towers.embedder, "head": head}, optimizer, gradient
-        )
+        modules = {"embedder": self.towers.embedder, "head": head}
+        loop = self._loop("classified", recipe.classify_steps, modules, optimizer, recipe.micro_batch)
+        return self._part(loop, loss_of, partial(sampler.draw, recipe.classify_batch))
 
     def choose_mix(self) -> Path:
         """Part 3; writes ``embedder.safetensors``, ``embedder.json`` and ``wise_ft.json``."""
@@ -205,46 +199,51 @@ class Tuning:
         write_json(table, told | {"rows": rows})  # the last: the run is complete
         return path
 
-    def _part(
+    def _loop(
         self,
         name: str,
         steps: int,
         modules: dict[str, nn.Module],
         optimizer: torch.optim.Optimizer,
-        gradient: Callable[[torch.Generator], Tensor],
+        micro_batch: int | None = None,
+    ) -> TrainingLoop:
+        recipe = self.recipe
+        return TrainingLoop(
+            modules=modules,
+            optimizer=optimizer,
+            steps=steps,
+            seed=recipe.seed,
+            name=name,
+            schedule=cosine_schedule(steps, warmup=steps // 20),
+            state=self.out / f"{name}.state.safetensors",
+            save_every=recipe.save_every,
+            log_every=recipe.save_every,
+            micro_batch=micro_batch,
+            track=lambda step, **values: self._track(name, step, **values),
+            accelerator=self.processes.accelerator,
+        )
+
+    def _part(
+        self,
+        loop: TrainingLoop,
+        loss_of: Callable[[StepBatch], Tensor],
+        draw: Callable[[torch.Generator], Rows],
+        backward: bool = True,
     ) -> Path:
-        """Steps of one part, from the last one saved on. Each depends on the seed, its number and the state alone."""
-        if self._file(name).exists():
-            return self._file(name)
-        recipe, state = self.recipe, self.out / f"{name}.state.safetensors"
-        highest = [group["lr"] for group in optimizer.param_groups]
-        start = load_state(state, modules, optimizer)
-        self.towers.train()
-        with progress(steps, start, name) as bar:
-            for step in range(start, steps):
-                generator = step_generator(recipe.seed, step)
-                # Dropout draws from the global generator, on the device.
-                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-                for group, lr in zip(optimizer.param_groups, highest, strict=True):
-                    group["lr"] = lr * _schedule(step, steps)
-                optimizer.zero_grad()
-                loss = gradient(generator)
-                if not loss.isfinite():
-                    raise ConfigError(
-                        f"{name}: the loss became {loss.item()} at step {step}: lower its learning rate and choose "
-                        f"another folder; the state after step {step // recipe.save_every * recipe.save_every} is in {state}"
-                    )
-                norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-                optimizer.step()
-                with torch.no_grad():
-                    self.towers.embedder.clip.logit_scale.clamp_(0, math.log(HIGHEST_SCALE))
-                bar.update()
-                if (step + 1) % recipe.save_every == 0:
-                    save_training(state, step + 1, modules, optimizer)
-                    self._track(name, step + 1, loss=loss.item(), gradient=norm.item())
-        self._write(name)
-        state.unlink(missing_ok=True)
-        return self._file(name)
+        """Train one part, unless it was done before, and write its weights."""
+        path = self._file(loop.name)
+        if not self.processes.on_main(path.exists):
+            loop(loss_of, draw, after_step=self._clamp_scale, backward=backward)
+            self.processes.on_main(partial(self._write, loop.name))
+            loop.forget()
+        return path
+
+    def _training_towers(self) -> Towers:
+        return self.towers.train()  # but for the preview and BatchNorm, which a loop cannot know
+
+    @torch.no_grad()
+    def _clamp_scale(self, step: int) -> None:
+        self.towers.embedder.clip.logit_scale.clamp_(0, math.log(HIGHEST_SCALE))
 
     def _find_labels(self) -> None:
         """Which rows have a label, and whether they suffice for parts 2 and 3: better now than after hours of training."""
@@ -316,12 +315,6 @@ def _parameter_groups(module: nn.Module, lr: float, weight_decay: float) -> list
         {"params": decayed, "lr": lr, "weight_decay": weight_decay},
         {"params": others, "lr": lr, "weight_decay": 0.0},
     ]
-
-
-def _schedule(step: int, steps: int) -> float:
-    """A linear rise over a twentieth of the run, then half a cosine down to nothing."""
-    warmup = max(1, steps // 20)
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

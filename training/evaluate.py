@@ -27,11 +27,11 @@ BY_NAME = {split.name: split for split in SPLITS}
 
 def evaluate(scorer: ArtifactScorer, out: Path | None) -> None:
     """The default setting: quality, ceiling, rules, mixture."""
-    test = score_recorded(scorer, ensure_split(BY_NAME["test"]), DEFAULT)
-    held_out = score_recorded(scorer, ensure_split(BY_NAME["calibration"]), DEFAULT)
+    data = ensure_split(BY_NAME["test"]), ensure_split(BY_NAME["calibration"])
+    test, held_out = (score_recorded(scorer, recorded, DEFAULT) for recorded in data)
     cost = check_cost(load_pipeline(), scorer)
-    rows = tables.quality(test) + tables.ceiling(test.data)
-    rows += tables.rules(scorer, test, held_out, cost) + tables.mixture(scorer, test.data)
+    rows = tables.quality(test) + tables.ceiling(data[0])
+    rows += tables.rules(scorer, test, held_out, data, cost) + tables.mixture(scorer, data[0])
     write_results("fashion", rows, seed=SEED, out=out)
 
 

@@ -1,11 +1,13 @@
 """The exit head on frozen states: when to decide, with the posterior detached.
 
-The losses are those of moe_artifacts/exit_loss.py.
+The losses are those of moe_artifacts/exit_loss.py. States are held in memory: an exit head has some twenty thousand weights, and a
+few ten thousand images say all that it can learn.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,10 +17,10 @@ from moe_artifacts.accumulator import ExitHead, step_mass
 from moe_artifacts.calibration import Calibration
 from moe_artifacts.config import ExitHeadConfig
 from moe_artifacts.exit_loss import economic_loss, palbert_loss
-from moe_artifacts.noise import progress as noise_progress
-from training.collect import LOG_SNR_RANGE
-from training.state import step_generator
-from training.train import Embedded, Heads, draw_subset, round_to_half, states_of
+from moe_artifacts.shapes import PerImage, Rows, StepMass, StepProbs, StepState, StepValues
+from training.head_data import HeadData
+from training.heads import Checks, Heads, draw_subset, iter_states, round_to_half, strides
+from training.loop import StepBatch, TrainingLoop, linear_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,55 +43,71 @@ class ExitRecipe:
 class ExitData:
     """What the exit head is trained on, frozen: states, calibrated posteriors and strides of every image and check."""
 
-    state: Tensor  # [image check hidden]
-    prob: Tensor  # [image check]
-    log_snr: Tensor  # [image check], NaN: no such check
-    spent: Tensor
-    bad: Tensor
+    state: StepState
+    prob: StepProbs
+    log_snr: StepValues  # NaN: no such check
+    spent: StepValues  # share of the denoiser calls
+    bad: PerImage  # label, in [0, 1]
+    log_snr_range: tuple[float, float]
 
-    def at(self, rows: Tensor, checks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def at(self, rows: Rows, checks: Checks) -> tuple[StepState, StepState, StepValues, StepValues]:
         """State, state before, progress and progress before, at a subset of checks."""
-        state, log_snr = self.state[rows][:, checks], self.log_snr[rows][:, checks]
+        state = self.state[rows][:, checks]
         previous = torch.cat([torch.zeros_like(state[:, :1]), state[:, :-1]], dim=1)
-        at = noise_progress(log_snr.nan_to_num(LOG_SNR_RANGE[0]), LOG_SNR_RANGE)
-        before = torch.cat([torch.zeros_like(at[:, :1]), at[:, :-1]], dim=1)
-        return state, previous, at, torch.where(log_snr.isnan(), at, before)  # no stride, hence no mass, where missing
+        at, before, _ = strides(self.log_snr[rows][:, checks], self.log_snr_range)
+        return state, previous, at, before
 
 
-def exit_data(heads: Heads, calibration: Calibration, data: Embedded, checks: Tensor) -> ExitData:
-    """States and calibrated posteriors of a split at ``checks``."""
-    logit, state = states_of(heads, data, checks)
-    log_snr = data.log_snr[:, checks]
-    prob = calibration(logit, log_snr.nan_to_num(LOG_SNR_RANGE[0]))
-    return ExitData(state, torch.where(log_snr.isnan(), 0.0, prob), log_snr, data.spent[:, checks], data.bad)
+def exit_data(heads: Heads, calibration: Calibration, data: HeadData, checks: Checks) -> ExitData:
+    """States and calibrated posteriors of all images at ``checks``."""
+    columns: list[tuple[Tensor, ...]] = []
+    for batch, logit, state in iter_states(heads, data, checks):
+        log_snr = batch.log_snr[:, checks]
+        prob = calibration(logit, log_snr.nan_to_num(heads.space.log_snr_range[0]))
+        prob = torch.where(log_snr.isnan(), 0.0, prob)
+        columns.append((state, prob, log_snr, batch.spent[:, checks].nan_to_num(0.0), batch.label))
+    return ExitData(*(torch.cat(parts) for parts in zip(*columns, strict=True)), heads.space.log_snr_range)
 
 
-def train_exit(recipe: ExitRecipe, data: ExitData) -> ExitHead:
-    """The exit head on frozen states, at all checks half of the time and at random subsets of them."""
+def train_exit(recipe: ExitRecipe, data: ExitData, state: Path | None = None) -> ExitHead:
+    """The exit head on frozen states, at all checks half of the time and at random subsets of them.
+
+    Args:
+        state: File to resume from; None: begin anew.
+    """
     torch.manual_seed(recipe.seed)
     head = ExitHead(ExitHeadConfig(state_dim=data.state.shape[-1]))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=1e-3)
-    for step in range(recipe.steps):
-        generator = step_generator(recipe.seed, step)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * min(1.0, (step + 1) / 50) * (1 - step / recipe.steps)
-        rows = torch.randint(len(data.bad), (recipe.batch,), generator=generator)
-        checks = draw_subset(generator, data.prob.shape[1])
-        state, previous, at, before = data.at(rows, checks)
-        mass = step_mass(head(state, previous), at, before)
+    loop = TrainingLoop(
+        modules={"exit_head": head},
+        optimizer=torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=1e-3),
+        steps=recipe.steps,
+        seed=recipe.seed,
+        name=f"exit head {recipe.name}",
+        schedule=linear_schedule(recipe.steps, 50),
+        clip_norm=None,
+        state=state,
+        options={"recipe": vars(recipe), "images": len(data.bad)},
+    )
+
+    def draw(generator: torch.Generator) -> Tensor:
+        return torch.randint(len(data.bad), (recipe.batch,), generator=generator)
+
+    def loss_of(batch: StepBatch) -> Tensor:
+        rows, checks = batch.rows, draw_subset(batch.generator, data.prob.shape[1])
+        now, previous, at, before = data.at(rows, checks)
+        mass = step_mass(head(now, previous), at, before)
         prob, bad, spent = data.prob[rows][:, checks], data.bad[rows], data.spent[rows][:, checks]
         if recipe.loss == "economic":
-            loss = recipe.weight * economic_loss(mass, prob, bad, spent, recipe.price)
-        else:
-            loss = palbert_loss(mass, prob, bad, recipe.prior_rate * (at - before).clamp(min=0), recipe.beta)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+            return recipe.weight * economic_loss(mass, prob, bad, spent, recipe.price)
+        return palbert_loss(mass, prob, bad, recipe.prior_rate * (at - before).clamp(min=0), recipe.beta)
+
+    loop(loss_of, draw)
+    loop.forget()
     return round_to_half(head).eval()
 
 
 @torch.no_grad()
-def exit_masses(head: ExitHead, data: ExitData) -> Tensor:
+def exit_masses(head: ExitHead, data: ExitData) -> StepMass:
     """Exit mass of every image and check."""
     parts = []
     for rows in torch.arange(len(data.bad)).split(4_000):

@@ -5,7 +5,8 @@
 ``python -m training.forward_noise --source TABLE.parquet --images FOLDER --vae ID|FOLDER --preview linear --factors FILE
 --out FOLDER`` encodes each picture with the VAE, draws one of ``--schedulers`` (:mod:`training.noise_grids`) and some steps
 of it, adds noise, and writes the previews as shards (:mod:`training.noised_shards`). A killed run goes on with the shards
-that are missing; ``--shard i/n`` does the i-th of n parts of them, counted from 0.
+that are missing; ``--shard i/n`` does the i-th of n parts of them, counted from 0; ``--ray`` does them on Ray Data
+(:mod:`training.row_jobs`).
 
 ``--noise trajectory`` adds the same noise at all levels of a picture, as in a run of a deterministic sampler; ``fresh``
 walks the forward chain, with new noise at every step of it. Each level by itself is distributed alike; what differs is how
@@ -19,9 +20,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,8 +40,8 @@ from training.fit_preview import encode, load_vae, space_for
 from training.forward_chain import NoiseKind, add_noise, draw_levels
 from training.image_rows import FashionImages, ImageRow, ImageSource, TableImages
 from training.noise_grids import NoiseGrid, model_scheduler, parse_grids
-from training.noised_shards import ShardRows, count_rows, missing_shards, open_folder, parse_shard, write_shard
-from training.workspace import progress
+from training.noised_shards import COLUMNS
+from training.row_jobs import RowJob, ShardRows, add_run_options, count_rows, in_batches, run_as_asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +109,31 @@ class ForwardNoise:
 
     def __call__(self, rows: Iterable[ImageRow]) -> ShardRows:
         """Noise all of them; a row that cannot be used is noted among the rejects and its neighbours are untouched."""
-        result = ShardRows()
-        pictures = self._pictures(rows, result)
-        while batch := list(islice(pictures, self.batch_size)):
-            self._batch(batch, result)
+        result = ShardRows(COLUMNS)
+        in_batches(rows, self.batch_size, self._batch, result, key=lambda row: row.key)
+        return result
+
+    @torch.no_grad()
+    def _batch(self, rows: list[ImageRow]) -> ShardRows:
+        result = ShardRows(COLUMNS)
+        batch = list(self._pictures(rows, result))
+        if not batch:
+            return result
+        images = torch.cat([image for _, image in batch])
+        encoded = encode(self.vae, images.to(self.vae.device, self.vae.dtype)).float().cpu()
+        noised = []
+        for (row, _), x0 in zip(batch, encoded, strict=True):
+            if not x0.half().isfinite().all():  # as it is stored
+                result.reject(row.key, "latents", "the VAE encodes it to NaN, infinity or numbers beyond float16")
+                continue
+            noised.append(self._noised(row, x0, result))
+        if not noised:
+            return result
+        latents = torch.cat(noised)
+        if self.preview is None or self.options.keep_latents:
+            result.add_tensor("latents", latents.half())
+        if self.preview is not None:
+            result.add_tensor("previews", self._previews(latents))
         return result
 
     def _pictures(self, rows: Iterable[ImageRow], result: ShardRows) -> Iterator[tuple[ImageRow, Preview]]:
@@ -126,33 +148,21 @@ class ForwardNoise:
                 except BadImage as error:
                     result.reject(row.key, error.reason, str(error))
 
-    @torch.no_grad()
-    def _batch(self, batch: list[tuple[ImageRow, Preview]], result: ShardRows) -> None:
-        images = torch.cat([image for _, image in batch])
-        encoded = encode(self.vae, images.to(self.vae.device, self.vae.dtype)).float().cpu()
-        noised = []
-        for (row, _), x0 in zip(batch, encoded, strict=True):
-            if not x0.half().isfinite().all():  # as it is stored
-                result.reject(row.key, "latents", "the VAE encodes it to NaN, infinity or numbers beyond float16")
-                continue
-            noised.append(self._noised(row, x0, result))
-        if not noised:
-            return
-        latents = torch.cat(noised)
-        if self.preview is None or self.options.keep_latents:
-            result.tensors.setdefault("latents", []).append(latents.half())
-        if self.preview is not None:
-            result.tensors.setdefault("previews", []).append(self._previews(latents))
-
     def _noised(self, row: ImageRow, x0: Tensor, result: ShardRows) -> Latents:
         seed = attempt_seed(self.options.seed, row.key, attempt=0)
         generator = torch.Generator().manual_seed(seed)
         grid, places = draw_levels(self.grids, self.options.levels_per_image, generator)
         levels = [grid.levels[place] for place in places]
         for place, level in zip(places, levels, strict=True):
-            values = (row.key, row.prompt, row.label, seed, grid.name, grid.steps[place], level.log_snr)
-            for column, value in zip(result.columns.values(), values, strict=True):
-                column.append(value)
+            result.add(
+                key=row.key,
+                prompt=row.prompt,
+                label=row.label,
+                seed=seed,
+                scheduler=grid.name,
+                step=grid.steps[place],
+                log_snr=level.log_snr,
+            )
         if self.options.show == "x0":
             return x0.expand(len(levels), -1, -1, -1)
         return add_noise(x0, levels, self.options.noise, generator)
@@ -170,26 +180,41 @@ class ForwardNoise:
         return torch.cat(parts)
 
 
-def run(
-    noise: ForwardNoise, source: ImageSource, folder: Path, meta: dict[str, Any], worker: int = 0, workers: int = 1
-) -> None:
-    """Write the shards of one worker that are not there yet.
+def noise_job(
+    noise: ForwardNoise,
+    source: ImageSource,
+    folder: Path,
+    facts: Mapping[str, Any],
+    shard: Callable[[int], ShardRows] | None = None,
+) -> RowJob:
+    """What is asked for, to be run by :mod:`training.row_jobs`.
 
     Args:
-        meta: What tells this run from others besides its options, as JSON values.
-    Raises:
-        InputError: If the folder holds another run.
+        facts: What tells this run from others besides its options and its source, as JSON values.
+        shard: :func:`noised_shard` of the two, where they cannot be pickled.
     """
-    per_shard = noise.options.images_per_shard
-    total = -(-len(source) // per_shard)
-    grids = {grid.name: [grid.levels[0].log_snr, grid.levels[-1].log_snr, len(grid.levels)] for grid in noise.grids}
-    told = {"source": source.facts(), **meta, **dataclasses.asdict(noise.options), "log_snr_range_and_levels": grids}
-    open_folder(folder, {**told, "shards": total})
-    numbers = list(missing_shards(folder, total, worker, workers))
-    with progress(len(numbers), 0, "forward noise") as bar:
-        for number in numbers:
-            write_shard(folder, number, noise(source.rows(number * per_shard, (number + 1) * per_shard)))
-            bar.update()
+    told = {
+        "source": source.facts(),
+        **facts,
+        **dataclasses.asdict(noise.options),
+        "log_snr_range_and_levels": {
+            grid.name: [grid.levels[0].log_snr, grid.levels[-1].log_snr, len(grid.levels)] for grid in noise.grids
+        },
+        "num_steps": {grid.name: max(grid.steps) + 1 for grid in noise.grids},
+    }
+    return RowJob(
+        name="forward noise",
+        folder=folder,
+        shards=-(-len(source) // noise.options.images_per_shard),
+        facts=told,
+        shard=shard or partial(noised_shard, noise, source),
+    )
+
+
+def noised_shard(noise: ForwardNoise, source: ImageSource, number: int) -> ShardRows:
+    """The rows of one shard."""
+    first = number * noise.options.images_per_shard
+    return noise(source.rows(first, first + noise.options.images_per_shard))
 
 
 def make_preview(
@@ -226,6 +251,44 @@ def make_preview(
     return TinyPreview(tiny)
 
 
+class _FromArguments:
+    """:func:`noised_shard` of what the command line names. Other processes make it again: an open table cannot be pickled."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        defaults = NoiseOptions()
+        self.args = args
+        self.source: ImageSource
+        if args.fashion:
+            self.source, size = FashionImages(args.split or "train"), 32
+        elif args.images is None:
+            raise InputError("a source needs images: the folder that its paths or zip files are relative to")
+        else:
+            self.source, size = TableImages(args.source, args.images, args.split), defaults.size
+        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(NoiseOptions)}
+        options = NoiseOptions(**given | {"size": size if args.size is None else args.size})
+        grids = parse_grids(
+            args.schedulers, model_scheduler(args.model or args.vae, None if args.model else args.revision)
+        )
+        vae = load_vae(args.vae, args.revision)
+        self.space = space_for(vae, args.space)
+        preview = make_preview(args.preview, vae, self.space, args.factors, args.decoder)
+        self.noise = ForwardNoise(vae, self.space, grids, preview, options, args.batch_size)
+
+    def __call__(self, number: int) -> ShardRows:
+        for module in (self.noise.vae, self.noise.preview):
+            if module is not None:
+                module.to(self.args.device)  # not before: where Ray is started there may be no such device
+        return noised_shard(self.noise, self.source, number)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _FromArguments, (self.args,)
+
+    def job(self) -> RowJob:
+        names = ("vae", "revision", "preview", "factors", "decoder")
+        facts = {name: getattr(self.args, name) for name in names} | {"latent_space": to_dict(self.space)}
+        return noise_job(self.noise, self.source, self.args.out, facts, self)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     defaults = NoiseOptions()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -260,33 +323,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images-per-shard", type=int, default=defaults.images_per_shard, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures encoded at once (%(default)s)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--shard", default="0/1", metavar="I/N", help="do the I-th of N parts, counted from 0 (%(default)s)"
-    )
+    add_run_options(parser)
     parser.add_argument("--out", required=True, type=Path, help="folder of the shards")
     args = parser.parse_args(arguments)
     try:
-        worker, workers = parse_shard(args.shard)
-        images: ImageSource
-        if args.fashion:
-            images, size = FashionImages(args.split or "train"), 32
-        elif args.images is None:
-            raise InputError("a source needs images: the folder that its paths or zip files are relative to")
-        else:
-            images, size = TableImages(args.source, args.images, args.split), defaults.size
-        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(NoiseOptions)}
-        options = NoiseOptions(**given | {"size": size if args.size is None else args.size})
-        grids = parse_grids(
-            args.schedulers, model_scheduler(args.model or args.vae, None if args.model else args.revision)
-        )
-        vae = load_vae(args.vae, args.revision).to(args.device)
-        space = space_for(vae, args.space)
-        preview = make_preview(args.preview, vae, space, args.factors, args.decoder)
-        noise = ForwardNoise(
-            vae, space, grids, preview if preview is None else preview.to(args.device), options, args.batch_size
-        )
-        made_with = {name: getattr(args, name) for name in ("vae", "revision", "preview", "factors", "decoder")}
-        run(noise, images, args.out, {**made_with, "latent_space": to_dict(space)}, worker, workers)
+        run_as_asked(_FromArguments(args).job(), args)
     except (MoeArtifactsError, OSError) as error:  # OSError: no files of Fashion-MNIST, a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,12 @@
-"""The bundled pipeline from scratch: VAE, then text encoder and denoiser together, as a StableDiffusionPipeline folder.
+"""A small Stable Diffusion pipeline from scratch: VAE, then text encoder and denoiser together.
 
-``python -m training.generator`` trains both and writes the pipeline; each part resumes from its last saved state.
+    python -m training.generator                                    the bundled pipeline, of Fashion-MNIST
+    python -m training.generator --images FOLDER --out WORK         of any pictures, a sub-folder for each class
+
+The second writes ``WORK/pipeline``, a StableDiffusionPipeline folder, ``WORK/prompts.parquet`` for ``training.own.collect``, and
+``WORK/classes.json``, by which a judge of ``training.judges`` finds the class of a prompt. Each part resumes from its last
+saved state.
+
 Latent diffusion after Rombach et al. (arXiv:2112.10752), velocity prediction after Salimans and Ho (arXiv:2202.00512),
 prompt dropout for classifier-free guidance after Ho and Salimans (arXiv:2207.12598).
 """
@@ -9,26 +15,36 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
-from moe_artifacts.files import atomic_path
-from training.data.fashion import SIZE, load_fashion, to_rgb
+from moe_artifacts.errors import ConfigError, MoeArtifactsError
+from moe_artifacts.files import atomic_path, read_json, write_json
+from moe_artifacts.shapes import Preview
+from training.data.class_images import ClassImages, fashion_classes
+from training.data.class_prompts import TEMPLATES, clear_templates, fill, prompts_table, read_templates
+from training.data.columns import write_table
+from training.data.fashion import LabelledImages, to_rgb
+from training.data.folder import SIZES, folder_classes, stored_counts
 from training.data.prompts import CLASS_NAMES, prompts_of
+from training.generator_models import assemble, build_scheduler, build_text_encoder, build_unet, build_vae
 from training.state import load_state, save_state, step_generator
-from training.tokenizer import build_tokenizer
+from training.tokenizer import build_tokenizer, fit_context
 from training.workspace import Stage, progress, work_folder
 
-CONTEXT_LENGTH = 16
-TEXT_WIDTH = 64
+CONTEXT_LENGTH = 16  # tokens of a prompt; longer where the name of a class needs it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,84 +62,28 @@ class GeneratorRecipe:
     prompt_dropout: float = 0.1
     save_every: int = 100
 
-
-def build_vae() -> AutoencoderKL:
-    """32x32 pixels to 8x8x4 latents."""
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=(24, 48, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-        sample_size=SIZE,
-        scaling_factor=1.0,  # set after training, from the latents' standard deviation
-    )
+    def __post_init__(self) -> None:
+        for name in ("vae_steps", "denoiser_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A two-layer CLIP text transformer over the small vocabulary."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT_LENGTH,
-        projection_dim=TEXT_WIDTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config)
+def train_vae(recipe: GeneratorRecipe, data: ClassImages | None = None, device: str = "cpu") -> Path:
+    """Autoencode the training images; the result is ``vae/vae.safetensors`` with the latents' scale in its metadata.
 
-
-def build_unet() -> UNet2DConditionModel:
-    """A U-Net on 8x8 latents with cross attention at 4x4.
-
-    Wide where the latents are large: a call then costs in proportion to its batch, not to the number of its modules.
+    Args:
+        data: Fashion-MNIST where it is not given.
+    Raises:
+        ConfigError: If the loss stops being a number.
     """
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(160, 128),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=4,  # diffusers' name for the number of heads
-        norm_num_groups=16,
-    )
-
-
-def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, with velocity prediction for usable x0 previews at high noise."""
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
-def train_vae(recipe: GeneratorRecipe) -> Path:
-    """Autoencode the training images; the result is ``vae/vae.safetensors`` with the latents' scale in its metadata."""
     stage = Stage("vae")
     result = stage.folder / "vae.safetensors"
     if result.exists():
         return result
     torch.manual_seed(recipe.seed)
     torch.set_flush_denormal(True)  # a precaution: denormals are slow on CPUs
-    images = load_fashion("train").images
-    vae = build_vae().to(memory_format=torch.channels_last)
+    data = data or fashion_classes()
+    vae = build_vae(data.size).to(device, memory_format=torch.channels_last)
     ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_lr, weight_decay=1e-4)
     modules: dict[str, nn.Module] = {"vae": vae, "ema": ema}
@@ -133,17 +93,18 @@ def train_vae(recipe: GeneratorRecipe) -> Path:
             generator = step_generator(recipe.seed, step)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.vae_lr * _warm_cosine(step, recipe.vae_steps, warmup=100)
-            rows = torch.randint(len(images), (recipe.vae_batch,), generator=generator)
-            pixels = to_rgb(images[rows]) * 2 - 1
-            with torch.autocast("cpu", torch.bfloat16):
+            rows = torch.randint(len(data.train), (recipe.vae_batch,), generator=generator)
+            pixels = data.train.rgb(rows).to(device) * 2 - 1
+            with torch.autocast(device, torch.bfloat16):
                 posterior = vae.encode(pixels).latent_dist
-                noise = torch.randn(posterior.mean.shape, generator=generator)
+                noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
                 latents = posterior.mean + posterior.std * noise
                 decoded = vae.decode(latents).sample
             error = decoded.float() - pixels
             kl = posterior.kl().float().mean() / posterior.mean[0].numel()
             # Edges carry the garment's outline: the gradient term keeps them sharper than plain L1 does.
             loss = error.abs().mean() + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean() + 1e-4 * kl
+            _require_finite(loss, step, "vae_lr")
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -153,28 +114,27 @@ def train_vae(recipe: GeneratorRecipe) -> Path:
             if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.vae_steps:
                 save_state(stage.folder / "state.safetensors", step + 1, modules, optimizer)
                 stage.track(step + 1, loss=loss.item(), l1=error.abs().mean().item(), kl=kl.item())
-    final = ema.module.eval()
+    final = ema.module.cpu().eval()
+    some = slice(0, 2000 * 32**2 // data.size**2)  # the same memory for every size
     with torch.no_grad():
-        latents = final.encode(to_rgb(images[:2000]) * 2 - 1).latent_dist.mean
-    held_out = to_rgb(load_fashion("test").images[:2000]) * 2 - 1
+        latents = final.encode(data.train.rgb(some) * 2 - 1).latent_dist.mean
+    held_out = data.held_out.rgb(some) * 2 - 1
     with torch.no_grad():
         mse = (final.decode(final.encode(held_out).latent_dist.mean).sample - held_out).pow(2).mean().item()
     scale = 1 / latents.std().item()
     stage.log.info("held-out PSNR %.2f dB, scaling factor %.4f", 10 * math.log10(4 / mse), scale)
     with atomic_path(result) as temporary:
-        save_file(
-            {k: v.contiguous() for k, v in final.state_dict().items()}, temporary, {"scaling_factor": repr(scale)}
-        )
+        facts = {"scaling_factor": repr(scale), "size": str(data.size)}
+        save_file({k: v.contiguous() for k, v in final.state_dict().items()}, temporary, facts)
     return result
 
 
 def load_vae(path: Path) -> AutoencoderKL:
     """The trained VAE in evaluation mode, its scaling factor registered in its config."""
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
-        scale = float(file.metadata()["scaling_factor"])
-    vae = build_vae()
+        facts = file.metadata()
+    scale = float(facts["scaling_factor"])
+    vae = build_vae(int(facts.get("size", 32)))  # the first ones did not say
     vae.load_state_dict(load_file(path))
     vae.register_to_config(scaling_factor=scale)
     return vae.eval().requires_grad_(False)
@@ -182,28 +142,52 @@ def load_vae(path: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: Tensor, batch: int = 500) -> Tensor:
-    """Scaled latents float32 [image 4 8 8] of uint8 images."""
-    parts = [vae.encode(to_rgb(part) * 2 - 1).latent_dist.mean for part in images.split(batch)]
-    return torch.cat(parts) * vae.config.scaling_factor
+    """Scaled latents float32 [image 4 8 8] of the uint8 images of Fashion-MNIST."""
+    return encode(vae, (to_rgb(part) for part in images.split(batch)))
 
 
-def train_denoiser(recipe: GeneratorRecipe, vae: AutoencoderKL) -> Path:
-    """Train text encoder and U-Net together; the result is a StableDiffusionPipeline folder."""
+@torch.no_grad()
+def encode(vae: AutoencoderKL, parts: Iterable[Preview]) -> Tensor:
+    """Scaled latents float32 of RGB images in [0, 1], which come a few at a time."""
+    means = [vae.encode(part.to(vae.device) * 2 - 1).latent_dist.mean.cpu() for part in parts]
+    return torch.cat(means) * vae.config.scaling_factor
+
+
+def train_denoiser(
+    recipe: GeneratorRecipe,
+    vae: AutoencoderKL,
+    data: LabelledImages | None = None,
+    prompts: Sequence[Sequence[str]] | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Train text encoder and U-Net together; the result is a StableDiffusionPipeline folder.
+
+    Args:
+        data: Fashion-MNIST where it is not given; all latents are held in memory.
+        prompts: Of each class, as many for one as for another; those of Fashion-MNIST where they are not given.
+        dtype: Of the weights in the folder.
+    Raises:
+        InputError: If the tokenizer cannot tell two classes apart by their prompts.
+        ConfigError: If the loss stops being a number.
+    """
     stage = Stage("denoiser")
     result = work_folder() / "pipeline"
     if result.exists():
         return result
     torch.manual_seed(recipe.seed + 1)
     torch.set_flush_denormal(True)
-    data = load_fashion("train")
-    latents = encode_images(vae, data.images)
-    prompts = [prompts_of(k, "all") for k in range(len(CLASS_NAMES))]
+    data = data or fashion_classes().train
+    prompts = prompts or [prompts_of(k, "all") for k in range(len(CLASS_NAMES))]
+    latents = encode(vae.to(device), (data.rgb(slice(start, start + 500)) for start in range(0, len(data), 500)))
     tokenizer = build_tokenizer([p for group in prompts for p in group], stage.folder / "tokenizer", CONTEXT_LENGTH)
+    fit_context(tokenizer, prompts, CONTEXT_LENGTH)
     tokens = torch.stack([_tokenize(tokenizer, group) for group in prompts])  # label prompt position
     empty = _tokenize(tokenizer, [""])[0]
 
-    text_encoder, unet = build_text_encoder(tokenizer), build_unet().to(memory_format=torch.channels_last)
-    both = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
+    text_encoder = build_text_encoder(tokenizer)
+    unet = build_unet(data.size).to(memory_format=torch.channels_last)
+    both = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device)
     ema = AveragedModel(both, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
     optimizer = torch.optim.AdamW(both.parameters(), lr=recipe.denoiser_lr, weight_decay=1e-2, betas=(0.9, 0.99))
     modules: dict[str, nn.Module] = {"both": both, "ema": ema}
@@ -227,13 +211,12 @@ def train_denoiser(recipe: GeneratorRecipe, vae: AutoencoderKL) -> Path:
             sigma = (1 - alphas_cumprod[timesteps]).sqrt()[:, None, None, None]
             noise = torch.randn(x0.shape, generator=generator)
             velocity = alpha * noise - sigma * x0
-            with torch.autocast("cpu", torch.bfloat16):
-                states = text_encoder(input_ids).last_hidden_state
-                noisy = (alpha * x0 + sigma * noise).contiguous(memory_format=torch.channels_last)
-                predicted = unet(noisy, timesteps, states).sample
-            loss = F.mse_loss(predicted.float(), velocity)
-            if not loss.isfinite():
-                raise RuntimeError(f"the loss became {loss.item()} at step {step}: lower denoiser_lr and start again")
+            with torch.autocast(device, torch.bfloat16):
+                states = text_encoder(input_ids.to(device)).last_hidden_state
+                noisy = (alpha * x0 + sigma * noise).to(device, memory_format=torch.channels_last)
+                predicted = unet(noisy, timesteps.to(device), states).sample
+            loss = F.mse_loss(predicted.float(), velocity.to(device))
+            _require_finite(loss, step, "denoiser_lr")
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -244,37 +227,65 @@ def train_denoiser(recipe: GeneratorRecipe, vae: AutoencoderKL) -> Path:
             if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.denoiser_steps:
                 save_state(stage.folder / "state.safetensors", step + 1, modules, optimizer)
                 stage.track(step + 1, loss=running)
-    final = ema.module
-    pipe = assemble(vae, final["text_encoder"], tokenizer, final["unet"])
+    final = ema.module.cpu()
+    pipe = assemble(vae.cpu(), final["text_encoder"], tokenizer, final["unet"])
     temporary = result.with_name("pipeline-unfinished")
-    # In float16 already here: the trajectories must come from the very weights that are shipped.
-    pipe.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
+    # In the dtype that is shipped already here: the trajectories must come from the very same weights.
+    if dtype != torch.float32:
+        pipe.to(dtype)
+    pipe.save_pretrained(temporary, safe_serialization=True)
     temporary.rename(result)
     return result
 
 
-def assemble(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
-) -> StableDiffusionPipeline:
-    """The parts as a pipeline, all in evaluation mode."""
-    pipe = StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def train_on_folder(
+    images: Path, recipe: GeneratorRecipe, size: int | None = None, templates: Path | None = None, device: str = "cpu"
+) -> Path:
+    """The pipeline, the prompts and the classes of a folder of images, in the work folder; returns the pipeline.
+
+    Args:
+        images: Has a sub-folder for each class.
+        size: Pixels a side; see :func:`training.data.folder.folder_classes`.
+        templates: A text file; see ``training.data.class_prompts``.
+    Raises:
+        InputError: If the folder or the templates cannot be used.
+        ConfigError: If the work folder holds a pipeline that was begun with another recipe.
+    """
+    work = work_folder()
+    chosen = TEMPLATES if templates is None else read_templates(templates)
+    data = folder_classes(images, work / "images", size, recipe.seed)
+    names = [name for name, *_ in data.names]
+    clear = clear_templates(names, chosen)
+    _same_run(work / "generator.json", {"recipe": asdict(recipe), "templates": list(clear)})
+    write_json(work / "classes.json", [list(name) for name in data.names])
+    left_out = [template for template in chosen if template not in clear]
+    write_table(prompts_table(names, clear), work / "prompts.parquet", {"templates_left_out": left_out})
+    print(stored_counts(work / "images"), file=sys.stderr)
+    print(f"{len(clear)} templates, {len(left_out)} left out: a class has their words for its name", file=sys.stderr)
+    vae = load_vae(train_vae(recipe, data, device))
+    prompts = [[fill(template, name) for template in clear] for name in names]
+    # float32: loaded without a dtype, transformers keeps float16 and diffusers does not, and the two do not go together.
+    return train_denoiser(recipe, vae, data.train, prompts, device, torch.float32)
 
 
-def _tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    return tokenizer(
-        prompts, padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt"
-    ).input_ids
+def _tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
+    return tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def _same_run(path: Path, run: dict[str, object]) -> None:
+    """Keep what a run was begun with; its state fits no other."""
+    if path.exists() and (before := read_json(path)) != run:
+        changed = [name for name in run if before.get(name) != run[name]]
+        raise ConfigError(
+            f"{path.parent} was begun with another {' and '.join(changed)} (see {path}): go on with the same, or use "
+            "another folder for the output"
+        )
+    write_json(path, run)
+
+
+def _require_finite(loss: Tensor, step: int, rate: str) -> None:
+    if not loss.isfinite():
+        raise ConfigError(f"the loss became {loss.item()} at step {step}: lower {rate} and start again")
 
 
 def _warm_cosine(step: int, total: int, warmup: int) -> float:
@@ -283,15 +294,40 @@ def _warm_cosine(step: int, total: int, warmup: int) -> float:
     return rise * (0.55 + 0.45 * math.cos(math.pi * step / total))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, help="folder with a sub-folder of images for each class")
+    parser.add_argument("--out", type=Path, help="work folder; without it MOE_ARTIFACTS_WORK or ~/.cache/moe-artifacts")
+    parser.add_argument("--size", type=int, choices=SIZES, help=f"pixels a side, of --images ({SIZES[0]})")
+    parser.add_argument(
+        "--steps", type=int, default=GeneratorRecipe.denoiser_steps, help="of the denoiser (%(default)s)"
+    )
+    parser.add_argument("--vae-steps", type=int, default=GeneratorRecipe.vae_steps, help="of the VAE (%(default)s)")
+    parser.add_argument("--templates", type=Path, help="prompts of --images, one a line, with {} for the class; the last "
+                        "third is held out")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=GeneratorRecipe.seed, help="(%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (%(default)s)")
     parser.add_argument("--only", choices=("vae", "denoiser"), help="train one part; the VAE comes first")
-    args = parser.parse_args()
-    recipe = GeneratorRecipe()
-    vae_path = train_vae(recipe)
-    if args.only != "vae":
-        print(train_denoiser(recipe, load_vae(vae_path)))
+    args = parser.parse_args(arguments)
+    if args.images is None and (args.size is not None or args.templates is not None):
+        parser.error("--size and --templates belong to --images")
+    if args.images is not None and args.only is not None:
+        parser.error("--only does not go with --images")
+    if args.out is not None:
+        os.environ["MOE_ARTIFACTS_WORK"] = str(args.out)
+    try:
+        recipe = GeneratorRecipe(seed=args.seed, vae_steps=args.vae_steps, denoiser_steps=args.steps)
+        if args.images is not None:
+            print(train_on_folder(args.images, recipe, args.size, args.templates, args.device))
+            return 0
+        vae_path = train_vae(recipe, device=args.device)
+        if args.only != "vae":
+            print(train_denoiser(recipe, load_vae(vae_path), device=args.device))
+    except MoeArtifactsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from moe_artifacts import bundled
 from moe_artifacts.errors import InputError
-from moe_artifacts.judge import ManifoldJudge
+from moe_artifacts.files import read_json
+from moe_artifacts.judge import ManifoldJudge, class_in, load_judge
 from moe_artifacts.label import find_images, rater_tables, read_verdicts
 from moe_artifacts.shapes import PerImage, Preview
 from training.data.columns import stream_columns
@@ -40,7 +41,7 @@ from training.data.rated import label_of
 FinishedImage: TypeAlias = str | os.PathLike[str] | Image.Image | Float[Tensor, "3 pixel_h pixel_w"]  # RGB in [0, 1]
 FinishedImages: TypeAlias = Sequence[FinishedImage] | Preview
 
-MANIFOLD_SIDE = 32  # pixels of the images that a manifold judge looks at
+CLASSES = "classes.json"  # names of the classes of a judge, beside its file or one folder above
 
 
 @runtime_checkable  # for `make shapes`
@@ -179,7 +180,7 @@ class ManifoldLabels:
     """Images that are farther from the real ones of their class than its threshold have artifacts.
 
     Args:
-        judge: Looks at images of 32x32 pixels.
+        judge: Looks at images of its own size.
         class_of: The number of the class that a prompt asks for; None: of none that the judge knows.
     """
 
@@ -187,15 +188,19 @@ class ManifoldLabels:
         self._judge, self._class_of = judge, class_of
 
     def __call__(self, images: FinishedImages, prompts: Sequence[str]) -> PerImage:
+        margin = self.margin(images, prompts)
+        return torch.where(margin.isnan(), margin, (margin > 0).float())
+
+    def margin(self, images: FinishedImages, prompts: Sequence[str]) -> PerImage:
+        """How far each image is beyond the threshold of its class: labels are 1 above 0; NaN where there is no class."""
         _require_as_many(images, prompts)
-        labels = torch.full((len(images),), torch.nan)
+        margins = torch.full((len(images),), torch.nan)
         classes = [self._class_of(prompt) for prompt in prompts]
         rows = [row for row, number in enumerate(classes) if number is not None]
         if rows:
-            pixels = torch.stack([_for_manifold(images[row]) for row in rows])
-            margin = self._judge.margin(pixels, torch.tensor([classes[row] for row in rows]))
-            labels[rows] = (margin > 0).float()
-        return labels
+            pixels = torch.stack([_for_manifold(images[row], self._judge.size) for row in rows])
+            margins[rows] = self._judge.margin(pixels, torch.tensor([classes[row] for row in rows]))
+        return margins
 
 
 def judge_named(
@@ -210,14 +215,15 @@ def judge_named(
     """The judge that a text means, as given on a command line.
 
     Args:
-        name: ``FILE.parquet`` (people's scores), a folder labelled with ``moe-artifacts label``, ``module:function``, or
-            the name of a bundled judge, which comes before a folder of that name: ``./fashion`` is the folder.
+        name: ``FILE.parquet`` (people's scores), a folder labelled with ``moe-artifacts label``, ``module:function``,
+            ``manifold:FILE.safetensors`` (a judge of ``training.judges``, with ``classes.json`` beside it or one folder
+            above), or the name of a bundled judge, which comes before a folder of that name: ``./fashion`` is the folder.
         folder: What the paths in a Parquet file are relative to.
         clean: Score of a clean image in a Parquet file; with ``bad``, that of a ruined one.
         bad_below: Of a function: images with a lower score have artifacts; ``bad_above``: those with a higher one.
     Raises:
         InputError: If there is no such file or function, or an option belongs to another kind of judge.
-        CheckpointError: If there is no bundled judge of that name.
+        CheckpointError: If there is no bundled judge of that name, or the file of a judge cannot be read.
     """
     of_ratings = {"folder": folder, "clean": clean, "bad": bad}
     of_function = {"bad_below": bad_below, "bad_above": bad_above}
@@ -228,6 +234,9 @@ def judge_named(
     if Path(name).is_dir() and not is_bundled:
         _refuse_given(of_ratings | of_function, name, "a folder of verdicts")
         return VerdictJudge(name)
+    if name.startswith("manifold:"):
+        _refuse_given(of_ratings | of_function, name, "a manifold judge")
+        return manifold_labels(name.removeprefix("manifold:"))
     if ":" in name:
         _refuse_given(of_ratings, name, "a function")
         return ScoreJudge(import_function(name), bad_below=bad_below, bad_above=bad_above)
@@ -235,6 +244,31 @@ def judge_named(
     return ManifoldLabels(
         bundled.bundled_judge(name), functools.lru_cache(functools.partial(bundled.class_of, name=name))
     )
+
+
+def manifold_labels(path: str | os.PathLike[str]) -> ManifoldLabels:
+    """A judge of ``training.judges`` from its file, and the classes it knows from ``classes.json``.
+
+    Raises:
+        CheckpointError: If the judge cannot be read.
+        InputError: If there is no ``classes.json`` beside the judge or one folder above, or it is of another judge.
+    """
+    file = Path(path)
+    judge = load_judge(file)
+    beside = [folder / CLASSES for folder in (file.parent, file.absolute().parent.parent)]
+    found = next((place for place in beside if place.is_file()), None)
+    if found is None:
+        raise InputError(
+            f"{file} needs a {CLASSES} beside it or one folder above, with a list of names for each of its "
+            f"{len(judge.reference)} classes: training.judges writes one"
+        )
+    classes = read_json(found)
+    if not _are_names(classes) or len(classes) != len(judge.reference):
+        raise InputError(
+            f"{found} must hold a list of names for each of the {len(judge.reference)} classes of {file}, got "
+            f"{len(classes) if isinstance(classes, list) else type(classes).__name__}"
+        )
+    return ManifoldLabels(judge, functools.lru_cache(functools.partial(class_in, classes=classes)))
 
 
 def import_function(name: str) -> Callable[..., Any]:
@@ -304,14 +338,18 @@ def _as_picture(image: FinishedImage) -> Image.Image:
     return image.convert("RGB") if isinstance(image, Image.Image) else read_rgb(image)
 
 
-def _for_manifold(image: FinishedImage) -> Float[Tensor, "3 pixel_h pixel_w"]:
+def _for_manifold(image: FinishedImage, size: int) -> Float[Tensor, "3 pixel_h pixel_w"]:
     pixels = _checked(image).float() if isinstance(image, Tensor) else to_preview(_as_picture(image))[0]
     height, width = pixels.shape[1:]
-    if (height, width) != (MANIFOLD_SIDE, MANIFOLD_SIDE):
-        raise InputError(
-            f"a manifold judge looks at images of {MANIFOLD_SIDE}x{MANIFOLD_SIDE} pixels, got one of {width}x{height}"
-        )
+    if (height, width) != (size, size):
+        raise InputError(f"this manifold judge looks at images of {size}x{size} pixels, got one of {width}x{height}")
     return pixels
+
+
+def _are_names(classes: Any) -> bool:
+    return isinstance(classes, list) and all(
+        isinstance(names, list) and names and all(isinstance(name, str) for name in names) for names in classes
+    )
 
 
 def _checked(image: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,25 +9,23 @@ import torch
 from safetensors.torch import load_file
 
 from moe_artifacts.accumulator import ExitHead
-from moe_artifacts.calibration import (
-    brier_score,
-    certify_image_threshold,
-    clopper_pearson,
-    expected_calibration_error,
-)
+from moe_artifacts.calibration import certify_image_threshold, clopper_pearson
 from moe_artifacts.config import ThresholdConfig, from_dict
 from moe_artifacts.files import read_json
 from moe_artifacts.policy import Run, apply_rule, matched_threshold, perfect
 from moe_artifacts.scorer import ArtifactScorer
+from training import figures
 from training.ancestor import ancestor_score
 from training.calibrate import CONFIDENCE, MAX_RISK
 from training.collect import DEFAULT, RECORD_SHARES, SHIPPED_WEIGHTS, Recorded, load_judges
 from training.data.fashion import load_fashion, to_rgb
+from training.figures import Row, rule_row
 from training.metrics import auroc, auroc_within, bootstrap
+from training.posterior import posterior_auroc
+from training.rules import Paths
 from training.scored import Scored
-from training.train import ABLATIONS, embed_with, load_heads, posterior_auroc
+from training.train import ABLATIONS, embed_with, load_heads
 
-Row = dict[str, Any]
 SHARES = (0.14, 0.24, 0.34, 0.50, 1.0)  # of the steps done: 7, 12, 17, 25 and 50 of 50
 FIRST_CHECK_SHARE = 0.14  # where perfect knowledge is placed
 
@@ -40,30 +37,10 @@ def shipped_rules() -> dict[str, Any]:
 
 def quality(scored: Scored) -> list[Row]:
     """AUROC, ECE and Brier score at each share of the steps, with bootstrap intervals over images."""
-    bad, label = scored.bad, scored.label
-    truth = bad.astype(float)
     known = shipped_rules()
-    base = np.full(len(bad), known["bad_rate"])
-    by_class = np.array(known["class_rate"])[label]  # all that the prompt alone can say
-    rows = []
-    for share in SHARES:
-        column = int(np.abs(scored.calls / scored.calls[-1] - share).argmin())
-        prob = scored.prob[:, column].numpy()
-        measures = {
-            "auroc_within": lambda i, p=prob: auroc_within(p[i], bad[i], label[i]),
-            "auroc_pooled": lambda i, p=prob: auroc(p[i], bad[i]),
-            "auroc_prompt_only": lambda i: auroc(by_class[i], bad[i]),
-            "ece": lambda i, p=prob: expected_calibration_error(p[i], truth[i]),
-            "ece_base_rate": lambda i: expected_calibration_error(base[i], truth[i]),
-            "brier": lambda i, p=prob: brier_score(p[i], truth[i]),
-            "brier_base_rate": lambda i: brier_score(base[i], truth[i]),
-        }
-        row: Row = {"table": "quality", "share": float(scored.calls[column] / scored.calls[-1])}
-        for name, measure in measures.items():
-            row[name] = measure(np.arange(len(bad)))
-            row[f"{name}_low"], row[f"{name}_high"] = bootstrap(measure, len(bad))
-        rows.append(row)
-    return rows
+    columns = [int(np.abs(scored.calls / scored.total_calls - share).argmin()) for share in SHARES]
+    by_class = np.array(known["class_rate"])[scored.prompt]  # all that the prompt alone can say
+    return figures.quality(scored, columns, known["bad_rate"], by_class)
 
 
 def ceiling(data: Recorded) -> list[Row]:
@@ -91,31 +68,41 @@ def ceiling(data: Recorded) -> list[Row]:
     ]
 
 
-def rules(scorer: ArtifactScorer, test: Scored, held_out: Scored, check_cost: float) -> list[Row]:
-    """Every decision rule, the prompt alone, the ancestor's design, and perfect knowledge at the first check."""
+def rules(
+    scorer: ArtifactScorer,
+    test: Scored,
+    held_out: Scored,
+    data: tuple[Recorded, Recorded],
+    check_cost: float,
+) -> list[Row]:
+    """Every decision rule, the prompt alone, the ancestor's design, and perfect knowledge at the first check.
+
+    Args:
+        data: What ``test`` and ``held_out`` are the scores of.
+    """
     stored, run = shipped_rules(), test.run(check_cost)
     rows = []
     for name, values in stored["rules"].items():
         rule = from_dict(ThresholdConfig, values)
         head = ExitHead(scorer.config.exit_head)
         head.load_state_dict(load_file(SHIPPED_WEIGHTS / "rules" / f"{name}.safetensors"))
-        statistic = test.statistic(rule, head)
+        paths = test.paths(rule, head)
         for setting, threshold in (
             ("deployed", rule.threshold),
-            ("matched", matched_threshold(run, statistic, MAX_RISK)),
+            ("matched", matched_threshold(run, paths.statistic, MAX_RISK, paths.clear)),
         ):
-            rows.append({**_rule_row(name, run, statistic, threshold, setting), "default": name == stored["default"]})
+            rows.append({**rule_row(name, run, paths, threshold, setting), "default": name == stored["default"]})
 
     rate = np.array(stored["class_rate"], dtype=np.float32)
     no_look = Run(test.bad, test.calls, 0.0)  # the prompt is known before the first step and costs nothing
-    rows.append(_constant_rule("prompt-only", no_look, rate[test.label], rate[held_out.label][~held_out.bad]))
+    rows.append(_constant_rule("prompt-only", no_look, rate[test.prompt], rate[held_out.prompt][~held_out.bad]))
 
-    ours, theirs = (ancestor_score(SHIPPED_WEIGHTS / "ancestor.safetensors", s.data) for s in (test, held_out))
+    ours, theirs = (ancestor_score(SHIPPED_WEIGHTS / "ancestor.safetensors", recorded) for recorded in data)
     half = Run(test.bad, np.array([DEFAULT.steps // 2 + 1, DEFAULT.steps]), check_cost)
     rows.append(_constant_rule("ancestor", half, ours, theirs[~held_out.bad]))
-    rows[-1] |= {"auroc_within": auroc_within(ours, test.bad, test.label), "auroc_pooled": auroc(ours, test.bad)}
+    rows[-1] |= {"auroc_within": auroc_within(ours, test.bad, test.prompt), "auroc_pooled": auroc(ours, test.bad)}
 
-    first = int(np.abs(test.calls / test.calls[-1] - FIRST_CHECK_SHARE).argmin())
+    first = int(np.abs(test.calls / test.total_calls - FIRST_CHECK_SHARE).argmin())
     ideal = perfect(run, first)
     rows.append(
         {
@@ -136,29 +123,8 @@ def rules(scorer: ArtifactScorer, test: Scored, held_out: Scored, check_cost: fl
 def _constant_rule(name: str, run: Run, score: np.ndarray, clean_scores: np.ndarray) -> Row:
     """A design with one score an image, certified on the scores of clean calibration images."""
     threshold = certify_image_threshold(clean_scores, MAX_RISK, CONFIDENCE).threshold
-    return _rule_row(name, run, np.repeat(score[:, None], len(run.calls), axis=1), threshold, "deployed")
-
-
-def _rule_row(name: str, run: Run, statistic: np.ndarray, threshold: float, setting: str) -> Row:
-    found = apply_rule(run, statistic, threshold)
-    clean = int((~run.bad).sum())
-    false_low, false_high = clopper_pearson(round(found.false_abort_rate * clean), clean, 0.95)
-
-    def cost(rows: np.ndarray) -> float:
-        return apply_rule(dataclasses.replace(run, bad=run.bad[rows]), statistic[rows], threshold).cost_per_clean
-
-    low, high = bootstrap(cost, len(run.bad))
-    return {
-        "table": "rules",
-        "rule": name,
-        "setting": setting,
-        "threshold": threshold,
-        **found.row(),
-        "false_abort_rate_low": false_low,
-        "false_abort_rate_high": false_high,
-        "cost_per_clean_low": low,
-        "cost_per_clean_high": high,
-    }
+    paths = Paths(np.repeat(score[:, None], len(run.calls), axis=1), None)
+    return rule_row(name, run, paths, threshold, "deployed")
 
 
 def mixture(scorer: ArtifactScorer, data: Recorded) -> list[Row]:
@@ -185,17 +151,18 @@ def mixture(scorer: ArtifactScorer, data: Recorded) -> list[Row]:
 def transfer(scored: Scored, rule: ThresholdConfig, name: str, steps: int, reference: float, promise: str) -> Row:
     """One sampling setting: AUROC at half of the steps, and what the certified threshold really does there."""
     run = scored.run(0.0)
-    half = int(np.abs(scored.calls / scored.calls[-1] - 0.5).argmin())
+    half = int(np.abs(scored.calls / scored.total_calls - 0.5).argmin())
     prob = scored.prob[:, half].numpy()
-    found = apply_rule(run, scored.statistic(rule), rule.threshold)
+    paths = scored.paths(rule)
+    found = apply_rule(run, paths.statistic, rule.threshold, paths.clear)
     clean = int((~run.bad).sum())
     low, high = clopper_pearson(round(found.false_abort_rate * clean), clean, 0.95)
-    within = auroc_within(prob, scored.bad, scored.label)
-    within_low, within_high = bootstrap(lambda i: auroc_within(prob[i], scored.bad[i], scored.label[i]), len(prob))
+    within = auroc_within(prob, scored.bad, scored.prompt)
+    within_low, within_high = bootstrap(lambda i: auroc_within(prob[i], scored.bad[i], scored.prompt[i]), len(prob))
     return {
         "scheduler": name,
         "steps": steps,
-        "share": float(scored.calls[half] / scored.calls[-1]),
+        "share": float(scored.calls[half] / scored.total_calls),
         "bad_rate": found.bad_rate,
         "auroc_within": within,
         "auroc_within_low": within_low,

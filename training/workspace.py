@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+LAUNCHED = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and by accelerate launch
+
 
 def work_folder() -> Path:
     """``MOE_ARTIFACTS_WORK``, by default ``~/.cache/moe-artifacts``: outside the checkout, made when missing."""
@@ -49,11 +51,20 @@ class Stage:
         if self._tracker_name == "none":
             return
         if self._accelerator is None:
-            from accelerate import Accelerator
-
-            self._accelerator = Accelerator(log_with=self._tracker_name, project_dir=self.folder, cpu=True)
-            self._accelerator.init_trackers("tracker")
+            self._accelerator = open_tracker(self._tracker_name, self.folder)
         self._accelerator.log({f"{self.name}/{k}": v for k, v in values.items()}, step=step)
+
+
+def open_tracker(name: str, folder: Path) -> Any:
+    """An ``Accelerator`` whose ``log`` writes to a tracker that accelerate knows, into ``folder`` if it writes files."""
+    from accelerate import Accelerator
+    from accelerate.state import is_initialized
+
+    # All Accelerators of a process share one device: a tracker must not choose it for a training that accelerate runs.
+    shared = is_initialized() or any(variable in os.environ for variable in LAUNCHED)
+    accelerator = Accelerator(log_with=name, project_dir=folder, cpu=not shared)
+    accelerator.init_trackers("tracker")
+    return accelerator
 
 
 @contextmanager

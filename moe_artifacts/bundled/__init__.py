@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_artifacts.errors import CheckpointError
 from moe_artifacts.files import read_json
-from moe_artifacts.judge import ManifoldJudge, load_judge
+from moe_artifacts.judge import ManifoldJudge, class_in, load_judge
 
 FOLDER = Path(__file__).parent
 
@@ -47,15 +47,12 @@ def bundled_judge(name: str = "fashion") -> ManifoldJudge:
 
 
 def class_of(prompt: str, name: str = "fashion") -> int | None:
-    """The judge's class that a prompt asks for, by the longest word of the class list in it; None where there is none.
+    """The judge's class that a prompt asks for, by the longest name in its class list; None where there is none.
 
     Raises:
         CheckpointError: If there is no bundled judge of that name.
     """
-    text = f" {prompt.lower()} "
-    classes = read_json(_folder(name) / "classes.json")
-    found = [(len(word), k) for k, words in enumerate(classes) for word in words if f" {word} " in text]
-    return max(found)[1] if found else None
+    return class_in(prompt, read_json(_folder(name) / "classes.json"))
 
 
 def _folder(name: str) -> Path:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_artifacts.shapes import Preview
+
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -37,6 +39,24 @@ class LabelledImages:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def size(self) -> int:
+        """Pixels a side of what ``rgb`` returns."""
+        return SIZE
+
+    @property
+    def coloured(self) -> bool:
+        """Whether the three channels can differ."""
+        return False
+
+    def rgb(self, rows: Tensor | slice) -> Preview:
+        """Some images, RGB in [0, 1]."""
+        return to_rgb(self.images[rows])
+
+    def subset(self, rows: Tensor) -> LabelledImages:
+        """Some images with their labels."""
+        return LabelledImages(self.images[rows], self.labels[rows])
 
 
 def read_idx(path: Path) -> np.ndarray:

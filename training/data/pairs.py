@@ -24,7 +24,7 @@ from moe_artifacts.errors import InputError
 from moe_artifacts.shapes import PerImage, Rows
 from moe_artifacts.trajectory_files import LATENTS_NAME, iter_trajectories, trajectory_folders
 from training.data.splits import assign_splits, linked_groups
-from training.noised_shards import shard_files
+from training.row_jobs import shard_files
 
 AT_ONCE = 64  # images of a trajectory looked through at a time
 

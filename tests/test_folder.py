@@ -1,0 +1,263 @@
+"""A folder of pictures as classes to learn, and the prompts for them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from moe_artifacts.errors import InputError
+from moe_artifacts.judge import class_in
+from training.data.class_images import ClassImages, fashion_classes
+from training.data.class_prompts import (
+    TEMPLATES,
+    class_name,
+    clear_templates,
+    fill,
+    prompts_table,
+    read_templates,
+)
+from training.data.columns import read_columns, write_table
+from training.data.fashion import LabelledImages, to_rgb
+from training.data.folder import folder_classes, stored_counts
+from training.data.images import read_image
+from training.own.prompts import read_prompts
+
+COUNT = 150  # of each class
+
+
+def write_pictures(folder: Path, count: int = COUNT, seed: int = 0, grey: bool = False) -> Path:
+    """PNG files of noise, no two alike, of 5x4 pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    shape = (4, 5) if grey else (4, 5, 3)
+    for number in range(count):
+        Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{number:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write_pictures(folder / "Ankle_Boot", seed=1)
+    write_pictures(folder / "bag" / "old", count=COUNT + 90, seed=2, grey=True)  # folders within folders
+    return folder
+
+
+def rejects(store: Path) -> dict[str, str]:
+    table = read_columns(store / "rejects.parquet", {"file": pa.string(), "reason": pa.string()})
+    return dict(zip(table["file"].to_pylist(), table["reason"].to_pylist(), strict=True))
+
+
+def stored(store: Path) -> list[tuple[str, int, str]]:
+    types = {"file": pa.string(), "label": pa.int64(), "split": pa.string()}
+    return [tuple(row.values()) for row in read_columns(store / "index.parquet", types).to_pylist()]
+
+
+# --- pictures
+
+
+def test_every_picture_is_in_one_part_with_its_label_and_its_pixels(images: Path, tmp_path: Path) -> None:
+    data = folder_classes(images, tmp_path)
+    assert data.names == (("ankle boot",), ("bag",)) and data.size == 32 and data.train.coloured
+    rows = stored(tmp_path)
+    assert sorted(file for file, _, _ in rows) == sorted(str(p.relative_to(images)) for p in images.rglob("*.png"))
+    # 40 held out at least, and a sixth of many.
+    assert Counter((label, split) for _, label, split in rows) == {
+        (0, "train"): 110, (0, "held-out"): 40, (1, "train"): 200, (1, "held-out"): 40,
+    }  # fmt: skip
+    for name, part in (("train", data.train), ("held-out", data.held_out)):
+        of_part = [(file, label) for file, label, split in rows if split == name]
+        assert part.labels.tolist() == [label for _, label in of_part] and len(part) == len(of_part)
+        assert all(label == file.startswith("bag") for file, label in of_part)
+        for row in (0, len(part) - 1):
+            expected = read_image(images / of_part[row][0], 32)
+            assert torch.equal(part.rgb(torch.tensor([row])), expected)
+            assert torch.equal(part.rgb(slice(row, row + 1)), expected)
+    assert not rejects(tmp_path)
+
+
+def test_a_subset_copies_no_pixels(images: Path, tmp_path: Path) -> None:
+    train = folder_classes(images, tmp_path).train
+    rows = torch.tensor([7, 3, 3])
+    part = train.subset(rows)
+    assert torch.equal(part.rgb(slice(None)), train.rgb(rows)) and torch.equal(part.labels, train.labels[rows])
+    assert part.images.data_ptr() == train.images.data_ptr()
+    assert torch.equal(part.subset(torch.tensor([1])).rgb(slice(None)), train.rgb(torch.tensor([3])))
+
+
+def test_classes_are_mixed_and_more_files_leave_the_parts_of_the_old_ones(images: Path, tmp_path: Path) -> None:
+    data = folder_classes(images, tmp_path / "a")
+    changes = (data.train.labels[1:] != data.train.labels[:-1]).float().mean().item()
+    assert 0.3 < changes < 0.6  # at random 2 * 110/310 * 200/310 = 0.46, standard error 0.03
+    before = {file: split for file, _, split in stored(tmp_path / "a")}
+    shutil.copytree(images, tmp_path / "more")
+    write_pictures(tmp_path / "more" / "bag" / "new", count=60, seed=5)
+    folder_classes(tmp_path / "more", tmp_path / "b")
+    after = {file: split for file, _, split in stored(tmp_path / "b")}
+    moved = [file for file in before if before[file] != after[file]]
+    assert len(moved) < 25  # new files take places among those held out: 60 of 300, of 40 places, and 10 more places
+
+
+def test_it_is_read_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = folder_classes(images, tmp_path, size=64, seed=3)
+    monkeypatch.setattr("training.data.folder.read_rgb", None)
+    again = folder_classes(images, tmp_path)
+    assert again.size == 64 and torch.equal(again.train.rgb(slice(9)), first.train.rgb(slice(9)))
+    assert "2 classes, 310 pictures to train with and 80 held out, coloured, 64x64 pixels" in stored_counts(tmp_path)
+    for options, message in (({"size": 32}, "size=64, and 32"), ({"seed": 0}, "seed=3, and 0")):
+        with pytest.raises(InputError, match=message):
+            folder_classes(images, tmp_path, **options)
+    with pytest.raises(InputError, match="was made with images="):
+        folder_classes(images.parent, tmp_path)
+    with open(tmp_path / "pictures.bin", "ab") as stream:
+        stream.truncate(1000)
+    with pytest.raises(InputError, match=r"pictures\.bin does not hold 390 pictures of 64x64"):
+        folder_classes(images, tmp_path)
+
+
+def test_the_seed_chooses_what_is_held_out(images: Path, tmp_path: Path) -> None:
+    held_out = []
+    for seed in (0, 1, 1):
+        folder_classes(images, tmp_path / "store", seed=seed)
+        held_out.append({file for file, _, split in stored(tmp_path / "store") if split == "held-out"})
+        shutil.rmtree(tmp_path / "store")
+    assert held_out[0] != held_out[1] == held_out[2]
+
+
+def test_what_cannot_be_used_is_left_out_and_counted(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    (folder / "bag" / "cut.png").write_bytes((folder / "bag" / "old" / "000.png").read_bytes()[:60])
+    (folder / "bag" / "empty.jpg").touch()
+    shutil.copyfile(folder / "bag" / "old" / "001.png", folder / "Ankle_Boot" / "again.png")
+    Image.new("CMYK", (40, 30), (10, 200, 30, 0)).save(folder / "bag" / "cmyk.jpg")  # kept, as all that can be read
+    Image.new("I;16", (9, 9), 40_000).save(folder / "bag" / "deep.png")
+    (folder / "readme.txt").touch()
+    (folder / "notes").mkdir()  # no class: it has no picture
+    (folder / ".cache").mkdir()
+    write_pictures(folder / ".cache", count=3, seed=9)
+    data = folder_classes(folder, tmp_path / "store")
+    assert data.names == (("ankle boot",), ("bag",)) and len(data.train) + len(data.held_out) == 392
+    found = rejects(tmp_path / "store")
+    again = next(file for file, reason in found.items() if reason == "same picture again")
+    assert again in ("Ankle_Boot/again.png", "bag/old/001.png")  # the other is kept
+    assert {k: v for k, v in found.items() if k != again} == {
+        "bag/cut.png": "picture: damaged",
+        "bag/empty.jpg": "picture: empty",
+    }
+    assert re.search(r"same picture again +1 +392\n", stored_counts(tmp_path / "store"))
+
+
+def test_pictures_without_colours_are_grey(tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        write_pictures(tmp_path / "images" / name, seed=number, grey=True)
+    Image.new("RGB", (8, 8), (250, 0, 0)).save(tmp_path / "images" / "a" / "red.png")  # one in 301 is a stray
+    assert not folder_classes(tmp_path / "images", tmp_path / "store").train.coloured
+
+
+def test_folders_that_are_no_classes_are_refused(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    with pytest.raises(InputError, match="must be a folder with a sub-folder for each class"):
+        folder_classes(folder, tmp_path / "store")
+    write_pictures(folder, count=3)
+    with pytest.raises(InputError, match="has 0 sub-folders with images, at least 2 are needed"):
+        folder_classes(folder, tmp_path / "store")
+    shutil.copytree(images, folder, dirs_exist_ok=True)
+    with pytest.raises(InputError, match=r"size must be one of 32, 64, 128, got 48"):
+        folder_classes(folder, tmp_path / "store", size=48)
+    write_pictures(folder / "few", count=3, seed=7)
+    (folder / "few" / "damaged.png").write_bytes(b"\x89PNG")
+    with pytest.raises(InputError, match=r"1 of 3 classes of .* fewer than 150 .* 'few' has 3: add some"):
+        folder_classes(folder, tmp_path / "store")
+    assert rejects(tmp_path / "store") and not (tmp_path / "store" / "index.parquet").exists()
+    for name, message in (("ANKLE boot", "2 folders whose class would be called 'ankle boot'"), ("_", "name ''")):
+        (folder / "few").rename(folder / name)
+        with pytest.raises(InputError, match=message):
+            folder_classes(folder, tmp_path / "store")
+        (folder / name).rename(folder / "few")
+
+
+def test_a_full_disk_is_an_error_of_ours(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Path("/dev/full")  # every write to it fails
+    if not device.exists():
+        pytest.skip("this system has no /dev/full")
+    monkeypatch.setattr("training.data.folder.open", lambda path, mode: open(device, mode, buffering=0), raising=False)
+    with pytest.raises(InputError, match="No space left on device"):
+        folder_classes(images, tmp_path)
+    assert not (tmp_path / "pictures.bin").exists() and not (tmp_path / "index.parquet").exists()
+
+
+def test_fashion_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = torch.randint(256, (4, 28, 28), dtype=torch.uint8)
+    data = LabelledImages(pixels, torch.arange(4))
+    monkeypatch.setattr("training.data.class_images.load_fashion", lambda split, source: data)
+    classes = fashion_classes()
+    assert isinstance(classes, ClassImages) and classes.size == 32 and not classes.train.coloured
+    rows = torch.tensor([2, 0])
+    assert torch.equal(classes.train.rgb(rows), to_rgb(pixels[rows]))
+    assert torch.equal(data.subset(rows).rgb(slice(None)), to_rgb(pixels[rows]))
+
+
+# --- prompts
+
+
+def test_default_prompts_are_of_four_splits_and_share_none_that_must_not_be_shared(tmp_path: Path) -> None:
+    names = ["ankle boot", "boot", "owl", "\u732b"]
+    table = prompts_table(names, clear_templates(names, TEMPLATES))
+    write_table(table, tmp_path / "prompts.parquet", {})
+    splits = read_prompts(tmp_path / "prompts.parquet").prompts  # refuses a leak
+    assert {name: len(prompts) for name, prompts in splits.items()} == {
+        "train": 4 * 24, "validation": 4 * 24, "calibration": 4 * 12, "test": 4 * 12,
+    }  # fmt: skip
+    assert "an owl" in splits["train"] and "an example of one ankle boot" in splits["test"]
+    for row in table.to_pylist():
+        found = class_in(row["prompt"], [[name] for name in names])
+        assert found is not None and names[found] == row["group"]
+
+
+@given(st.lists(st.from_regex(r"[a-z]{1,8}( [a-z]{1,8})?", fullmatch=True), min_size=2, max_size=6, unique=True))
+def test_every_prompt_is_recognised_whatever_the_classes_are_called(names: list[str]) -> None:
+    try:
+        clear = clear_templates(names, TEMPLATES)
+    except InputError:
+        return
+    for template in clear:
+        assert [class_in(fill(template, name), [[n] for n in names]) for name in names] == list(range(len(names)))
+
+
+def test_templates_with_the_name_of_a_class_are_left_out() -> None:
+    clear = clear_templates(["cat", "image"], TEMPLATES)
+    assert set(TEMPLATES) - set(clear) == {t for t in TEMPLATES if "image" in t}
+    with pytest.raises(InputError, match=r"at least 2 templates are needed .* got 1 of 2"):
+        clear_templates(["cat", "image"], ["image of {}", "a {}"])
+    assert clear_templates(["car", "red car"], ["a {}", "a red {}", "the {}"]) == ("a {}", "the {}")
+
+
+def test_templates_are_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "templates.txt"
+    file.write_text("a {}\n\n  the   {}\na {}\n{} {0.__class__}\n", encoding="utf-8")
+    assert read_templates(file) == ("a {}", "the {}", "{} {0.__class__}")
+    assert fill("{} {0.__class__}", "owl") == "owl {0.__class__}"
+    for text in ("a {} and a {}\n", "a cat\n"):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"must hold \{\} once"):
+            read_templates(file)
+    with pytest.raises(InputError, match="cannot read the templates"):
+        read_templates(tmp_path / "absent.txt")
+
+
+def test_names_are_as_people_write_them() -> None:
+    assert [class_name(n) for n in ("Ankle_Boot", "T-shirt", "007", "\uff21\uff22", "a__b ")] == [
+        "ankle boot", "t-shirt", "007", "ab", "a b",
+    ]  # fmt: skip
+    assert fill("A {}", "owl") == "An owl" and fill("banana {}", "owl") == "banana owl"

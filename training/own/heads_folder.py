@@ -1,0 +1,80 @@
+"""The folder of trained heads: ``heads.safetensors``, and ``heads.json`` with what they are and what they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_artifacts.config import from_dict, to_dict
+from moe_artifacts.errors import InputError
+from moe_artifacts.files import read_json, write_json
+from training.embedded import EmbeddedRows
+from training.heads import HeadRecipe, Heads, HeadSpace, load_heads
+
+WEIGHTS_NAME, FACTS_NAME = "heads.safetensors", "heads.json"
+MADE_WITH = ("embedder_sha256", "preview_sha256")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadFacts:
+    """What is known of trained heads besides their weights."""
+
+    recipe: HeadRecipe
+    space: HeadSpace
+    embedder_sha256: str | None  # of the weights of what embedded the images
+    preview_sha256: str | None
+    images: int
+    bad_rate: float  # share of bad images among those trained on
+    rows_per_band: tuple[int, ...]  # checks seen in each band of the calibration, among some images
+    auroc: float | None = None  # on validation, mean over the checks; None: not trained yet
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / FACTS_NAME, to_dict(self))
+
+
+def read_facts(folder: Path) -> HeadFacts:
+    """What ``write`` wrote.
+
+    Raises:
+        InputError: If the folder holds no heads.
+        ConfigError: If the file is damaged.
+    """
+    values = read_json(folder / FACTS_NAME)
+    return from_dict(HeadFacts, values, where=str(folder / FACTS_NAME))
+
+
+def read_heads(folder: Path) -> tuple[Heads, HeadFacts]:
+    """Trained heads, in evaluation mode.
+
+    Raises:
+        InputError, ConfigError, CheckpointError: If they are missing or damaged.
+    """
+    facts = read_facts(folder)
+    if facts.auroc is None:
+        raise InputError(
+            f"{folder} holds heads that are not trained to the end: run python -m training.own.train again"
+        )
+    return load_heads(facts.recipe, facts.space, folder / WEIGHTS_NAME), facts
+
+
+def require_same_embedder(data: EmbeddedRows, facts: HeadFacts | EmbeddedRows) -> None:
+    """Refuse embeddings of another embedder or preview than the heads', or than other embeddings.
+
+    Raises:
+        InputError: Naming what differs.
+    """
+    other = facts.meta if isinstance(facts, EmbeddedRows) else dataclasses.asdict(facts)
+    for name in MADE_WITH:
+        found, expected = data.meta.get(name), other.get(name)
+        if None not in (found, expected) and found != expected:
+            raise InputError(
+                f"{data.folder} was made with another {name.removesuffix('_sha256')}: SHA-256 {found}, expected {expected}; "
+                "embed every split with the same --embedder and --preview"
+            )
+
+
+def meta_of(data: EmbeddedRows) -> dict[str, Any]:
+    """What of the embeddings the heads depend on."""
+    return {name: data.meta.get(name) for name in MADE_WITH}

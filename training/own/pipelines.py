@@ -1,0 +1,42 @@
+"""The pipeline that a command line names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_artifacts.bundled import FOLDER, bundled_pipeline
+from moe_artifacts.checkpoint import HUB_ID
+from moe_artifacts.errors import CheckpointError
+
+
+def load_pipeline(
+    name: str, dtype: torch.dtype = torch.float32, device: str | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """A pipeline, quiet and on its device, and the arguments of a call that it was made for.
+
+    Args:
+        name: A bundled name, a folder or a Hub id; safetensors only.
+        device: None: cuda where there is one, else cpu.
+    Raises:
+        CheckpointError: If there is none, or it cannot be read.
+    """
+    defaults: dict[str, Any] = {}
+    if name.isidentifier() and (FOLDER / name / "pipeline").is_dir():
+        pipe, defaults = bundled_pipeline(name)
+        pipe = pipe if pipe.dtype == dtype else pipe.to(dtype=dtype)
+    else:
+        if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
+            raise CheckpointError(
+                f"no pipeline {name!r}: it is neither bundled, nor a folder, nor a Hub id (owner/name)"
+            )
+        from diffusers import DiffusionPipeline
+
+        try:
+            pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"the pipeline {name!r} cannot be read: {error}") from error
+        pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), defaults
