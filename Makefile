@@ -1,5 +1,5 @@
 # Everything runs in .venv, which `make setup` builds from the versions in constraints.txt. Needs Python 3.11 or newer and make.
-.PHONY: setup demo test test-slow check fmt fmt-check lint types shapes bench bench-rewards train-bundled
+.PHONY: setup demo test test-slow check fmt fmt-check lint types shapes bench bench-rewards train-bundled own-fashion
 .NOTPARALLEL:
 
 PYTHON ?= python3
@@ -71,3 +71,6 @@ bench-rewards: setup ## every table on published FLUX and SDXL scores, which are
 train-bundled: setup ## the bundled default from scratch, at most 4 hours on 2 cores; stages that are done are skipped
 	$(BIN)/python -m training.recipes bundled
 	$(BIN)/python -m training.show
+
+own-fashion: setup ## a scorer for the bundled pipeline from nothing but prompts, as for a pipeline of one's own; stages that are done are skipped
+	$(BIN)/python -m training.recipes own-fashion

@@ -87,7 +87,6 @@ class ManifoldJudge(nn.Module):
         self.neighbours, self.size = neighbours, size
         self.register_buffer("reference", reference.float())
         self.register_buffer("log_threshold", log_threshold.float())
-        self._reference_counts = (~reference.isnan().any(dim=-1)).sum(dim=-1).tolist()
 
     @torch.no_grad()
     def features(self, images: Preview) -> Float[Tensor, "batch feature"]:
@@ -113,8 +112,8 @@ class ManifoldJudge(nn.Module):
         distance = torch.empty(len(images))
         for label in labels.unique().tolist():
             rows = labels == label
-            real = self.reference[label, : self._reference_counts[label]]
-            nearest = torch.cdist(features[rows], real).topk(self.neighbours, largest=False).values
+            # NaN, with which a class is filled up, is farther than any number to topk.
+            nearest = torch.cdist(features[rows], self.reference[label]).topk(self.neighbours, largest=False).values
             distance[rows] = nearest.mean(dim=-1)
         return distance.log() - self.log_threshold[labels]
 

@@ -1,8 +1,8 @@
 """A small training run for test_loop.py, alone or in processes of its own.
 
-``python -m tests.looped together|killed FOLDER`` forks its runs from one process: importing torch for each takes seconds, and
-a process that has used autograd, as that of pytest, cannot be forked. ``launched`` is for accelerate's and PyTorch's launchers.
-Each run leaves a folder with ``weights.safetensors`` and ``run.json``.
+``python -m tests.looped together|killed FOLDER`` forks its runs from one process: importing torch for each takes seconds,
+and a process that has used autograd, as that of pytest, cannot be forked. ``launched`` is for the launchers of accelerate
+and PyTorch. Each run leaves a folder with ``weights.safetensors`` and ``run.json``.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import accelerate  # noqa: F401
+import accelerate  # noqa: F401  # imported here, what runs need later is there before they are forked
 import torch
-import torch._dynamo  # optimizers import it at their first step: done here, forked processes need not
+import torch._dynamo  # likewise: optimizers import it at their first step
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,14 +38,16 @@ ROWS, WIDTH, BATCH = 300, 6, 24
 
 @dataclass
 class Task:
-    """Whether a row's numbers add up to more than nothing, of which every third row is left out of the loss."""
+    """Whether the numbers of a row add up to more than nothing."""
 
     dropout: float = 0.0
-    weighted: bool = False  # a mean over the rows that count, rather than over all of them
+    weighted: bool = False  # the loss is a mean over two of three rows
     lonely: bool = False  # a weight that only the first row of a batch uses
     x: Tensor = field(init=False)
     y: Tensor = field(init=False)
     losses: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)  # of dropout, at each step
+    backward: ClassVar[bool] = True  # of the loop
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -64,6 +66,7 @@ class Task:
         return torch.randint(ROWS, (BATCH - 1,), generator=generator)  # cannot be shared out evenly
 
     def loss_of(self, batch: StepBatch) -> Loss:
+        self.seeds.append(torch.initial_seed())
         jitter = batch.own(torch.randn(batch.count, WIDTH, generator=batch.generator))
         logit = self.net(self.x[batch.rows] + 0.1 * jitter).squeeze(1)
         if self.lonely and batch.place.start == 0:
@@ -83,11 +86,11 @@ class Task:
             "loss": float(F.binary_cross_entropy_with_logits(logit, self.y)),
         }
 
-    backward = True
-
     def loop(self, out: Path, **changes: Any) -> TrainingLoop:
         parameters = [p for module in self.modules.values() for p in module.parameters()]
         values: dict[str, Any] = {
+            "modules": self.modules,
+            "optimizer": torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1),
             "steps": 50,
             "seed": 7,
             "schedule": cosine_schedule(50, 5),
@@ -97,8 +100,7 @@ class Task:
             "log_every": 1,
             "track": lambda step, loss, **_: self.losses.append(loss),
         }
-        optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1)
-        return TrainingLoop(modules=self.modules, optimizer=optimizer, **values | changes)
+        return TrainingLoop(**values | changes)
 
     def train(self, out: Path, patience: int | None = None, **changes: Any) -> LoopResult:
         loop = self.loop(out, **changes)
@@ -112,7 +114,7 @@ class Task:
 class Contrast(Task):
     """Which of the batch's numbers belongs to which row: no row's loss can do without the other rows."""
 
-    backward = False
+    backward: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,7 +142,7 @@ class Failing(Task):
 def leave(out: Path, task: Task, result: LoopResult) -> None:
     """Write what a run came to."""
     save_state(out / "weights.safetensors", task.weights())
-    write_json(out / "run.json", {**dataclasses.asdict(result), "losses": task.losses})
+    write_json(out / "run.json", {**dataclasses.asdict(result), "losses": task.losses, "seeds": task.seeds})
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

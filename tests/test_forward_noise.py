@@ -647,3 +647,14 @@ def test_a_run_killed_ten_times_writes_what_an_uninterrupted_one_does(data):
     assert main(arguments(data, "out", *given)) == 0
     found = {name: content for name, content in contents(data / "out").items() if not Path(name).name.startswith(".")}
     assert found == contents(data / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+def test_ray_writes_what_a_loop_would(data, monkeypatch):
+    pytest.importorskip("ray", reason="Ray Data is the optional extra [scale]")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # leaves nothing at home
+    assert main(arguments(data, "loop")) == 0
+    assert main(arguments(data, "ray", "--ray", "--ray-workers", "2")) == 0
+    assert contents(data / "ray") == contents(data / "loop")

@@ -95,6 +95,13 @@ def work(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """To the bit; NaN, with which references of a judge are filled up, equals NaN."""
+    return first.keys() == second.keys() and all(
+        torch.allclose(value, second[key], rtol=0, atol=0, equal_nan=True) for key, value in first.items()
+    )
+
+
 # --- the pipeline
 
 
@@ -136,9 +143,7 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(
     assert not (tmp_path / "pipeline").exists()
     run(monkeypatch, tmp_path, images)
     assert len(saved) == 4
-    expected, found = tensors(work / "pipeline"), tensors(tmp_path / "pipeline")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+    assert same(tensors(work / "pipeline"), tensors(tmp_path / "pipeline"))
 
 
 @pytest.mark.slow
@@ -164,8 +169,7 @@ def test_kill_9_at_any_time_changes_nothing(images: Path, tmp_path: Path) -> Non
             process.kill()
             process.wait()
         assert start("killed", *command).wait() == 0
-    whole, killed = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
-    assert whole.keys() == killed.keys() and all(torch.equal(value, killed[key]) for key, value in whole.items())
+    assert same(tensors(tmp_path / "whole"), tensors(tmp_path / "killed"))
     for name in ("images/pictures.bin", "classes.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
@@ -231,13 +235,12 @@ def tokenizer_of(prompts: list[list[str]], folder: Path) -> CLIPTokenizer:
 
 def test_names_in_any_script_and_of_any_number_are_whole_words(tmp_path: Path) -> None:
     names = ["\u732b", "\u72ac", "cr\u00e8me br\u00fbl\u00e9e", "\u0441\u043e\u0431\u0430\u043a\u0430"]
-    names += [
-        f"{a}{b}wort" for a in "abcdefghijklmnopqrstuvwxyz" for b in "aeiou"
-    ]  # 130, more than the least vocabulary
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    names += [f"{a}{b}wort" for a in letters for b in letters]  # more than the least vocabulary has room for
     tokenizer = tokenizer_of([[f"a {name}"] for name in names], tmp_path)
     rows = tokenizer([f"a {name}" for name in names]).input_ids
     assert len({tuple(row) for row in rows}) == len(names)
-    assert [len(row) for row in rows] == [4, 4, 5, 4] + [4] * 130
+    assert [len(row) for row in rows] == [4, 4, 5, 4] + [4] * 26**2
     assert tokenizer.model_max_length == 16
     saved = CLIPTokenizer.from_pretrained(_saved(tokenizer, tmp_path / "saved"))
     assert saved(names).input_ids == tokenizer(names).input_ids

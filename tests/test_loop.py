@@ -141,8 +141,7 @@ def test_what_follows_each_step_is_part_of_the_run(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
             average.weight.lerp_(trained, 1 / done)
 
-        loop = task.loop(folder, steps=20)
-        loop.modules = {**loop.modules, "average": average}
+        loop = task.loop(folder, steps=20, modules={**task.modules, "average": average})
         loop(task.loss_of, task.draw, after_step=after_step)
         return average.weight.detach()
 
@@ -232,6 +231,11 @@ def test_a_run_is_continued_only_as_it_was_started(tmp_path: Path) -> None:
         Task().train(tmp_path, options={"batch": 9, "names": ("a", "b")}, seed=8)
     with pytest.raises(ConfigError, match="differs in batch, names;"):
         Task().train(tmp_path)
+    with pytest.raises(ConfigError, match="differs in learning_rates, optimizer;"):
+        task = Task()
+        task.train(
+            tmp_path, options={"batch": 8, "names": ("a", "b")}, optimizer=torch.optim.SGD(task.net.parameters())
+        )
     with pytest.raises(ConfigError, match="differs in monitor;"):
         task = Task()
         task.loop(tmp_path, options={"batch": 8, "names": ("a", "b")})(task.loss_of, task.draw)
@@ -474,12 +478,15 @@ def test_all_processes_end_with_the_same_bits(case: str, together: Path) -> None
     assert same(load_file(main / "weights.safetensors"), load_file(other / "weights.safetensors"))
     results = [read_json(folder / "run.json") for folder in (main, other)]
     assert results[1].pop("losses") == [] and results[0].pop("losses")  # only the main process tells
+    for result in results:
+        del result["seeds"]
     assert results[0] == results[1]
 
 
 def test_each_process_drops_others(together: Path) -> None:
-    one, two = (read_json(together / f"dropout{count}" / "run.json")["losses"] for count in (1, 2))
-    assert one[0] != pytest.approx(two[0], rel=1e-3)
+    folders = [together / name for name in ("dropout1", "dropout2", "dropout2/rank1")]
+    one, main, other = (read_json(folder / "run.json")["seeds"] for folder in folders)
+    assert one == main and len({*main, *other}) == 100  # 50 steps, each with its own
 
 
 def test_killed_processes_go_on_together(together: Path) -> None:
@@ -516,6 +523,8 @@ def test_a_run_killed_ten_times_ends_as_if_it_had_not_been(tmp_path: Path) -> No
     assert same(load_file(whole / "state.safetensors"), load_file(often / "state.safetensors"))
     results = [read_json(folder / "run.json") for folder in (whole, often)]
     losses = [result.pop("losses") for result in results]
+    seeds = [result.pop("seeds") for result in results]
+    assert seeds[1] == seeds[0][400 - len(seeds[1]) :]
     assert results[0] == results[1] and losses[1] == losses[0][400 - len(losses[1]) :]
 
 

@@ -299,14 +299,19 @@ def test_an_unsupported_pipeline_is_refused_before_its_first_step(pipe):
 
 
 def test_autocast_is_for_the_denoiser_alone_and_ends_with_the_run(pipe, recorder):
-    seen = []
-    handle = pipe.unet.conv_in.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    decoded = pipe.vae.decoder.register_forward_hook(lambda module, args, out: seen.append(("vae", out.dtype)))
+    seen = set()
+    hooks = [
+        # The latents stay in float32 between the steps: this scheduler takes them to the dtype of the model output.
+        pipe.unet.register_forward_pre_hook(lambda module, args: seen.add(("latents", args[0].dtype))),
+        pipe.unet.conv_in.register_forward_hook(lambda module, args, out: seen.add(("inside", out.dtype))),
+        pipe.vae.decoder.register_forward_hook(lambda module, args, out: seen.add(("image", out.dtype))),
+    ]
     try:
         half = recorder(["a cat"], [3], Setting(scheduler="euler", steps=6), bfloat16=True)
     finally:
-        handle.remove(), decoded.remove()
-    assert set(seen) == {torch.bfloat16, ("vae", torch.float32)}
+        for hook in hooks:
+            hook.remove()
+    assert seen == {("latents", torch.float32), ("inside", torch.bfloat16), ("image", torch.float32)}
     full = recorder(["a cat"], [3], Setting(scheduler="euler", steps=6))
     assert not torch.equal(half.images, full.images)
     torch.testing.assert_close(half.images, full.images, rtol=0, atol=0.05)  # bfloat16 has 8 bits
@@ -319,17 +324,19 @@ def test_autocast_is_for_the_denoiser_alone_and_ends_with_the_run(pipe, recorder
 def test_what_goes_wrong_with_an_image_leaves_its_neighbours_untouched(pipe, recorder, monkeypatch):
     good = recorder(["a cat", "a dog", "a cow"], [1, 2, 3], SIX)
 
-    def spoil(module, args, out):
-        sample = out[0].clone()
-        sample[1::3] = math.nan  # of both guidance copies
-        return (sample,)
+    for wrong in (math.nan, 1e8):  # the second is finite in the images, and x0 is not in float16
 
-    handle = pipe.unet.register_forward_hook(spoil)
-    found = recorder(["a cat", "a dog", "a cow"], [1, 2, 3], SIX)
-    handle.remove()
-    assert {row: reason for row, (reason, _) in found.wrong.items()} == {1: "latents"}
-    assert torch.equal(found.images[::2], good.images[::2])
-    assert torch.equal(found.trajectory.x0[::2], good.trajectory.x0[::2])
+        def spoil(module, args, out, wrong=wrong):
+            sample = out[0].clone()
+            sample[1::3] = wrong  # of both guidance copies
+            return (sample,)
+
+        handle = pipe.unet.register_forward_hook(spoil)
+        found = recorder(["a cat", "a dog", "a cow"], [1, 2, 3], SIX)
+        handle.remove()
+        assert {row: reason for row, (reason, _) in found.wrong.items()} == {1: "latents"}
+        assert torch.equal(found.images[::2], good.images[::2])
+        assert torch.equal(found.trajectory.x0[::2], good.trajectory.x0[::2])
 
     monkeypatch.setattr(pipe, "run_safety_checker", lambda image, device, dtype: (image, [False, False, True]))
     found = recorder(["a cat", "a dog", "a cow"], [1, 2, 3], SIX)

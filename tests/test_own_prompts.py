@@ -109,6 +109,13 @@ def test_no_two_splits_share_a_prompt_and_groups_stay_together(tmp_path_factory,
         assert len({split_of[prompt] for prompt, group in first_group.items() if group == name}) <= 1
 
 
+def test_a_prompt_of_several_groups_goes_with_the_first(tmp_path):
+    groups = [str(i) for i in range(50)]
+    found = hashed(tmp_path / "p.parquet", ["a"] * 50 + [f"b {i}" for i in range(50)], groups * 2)
+    (split_of_a,) = [split for split in SPLITS if "a" in found.prompts[split]]
+    assert "b 0" in found.prompts[split_of_a] and found.counts["duplicate"] == 49
+
+
 def test_shares_are_those_asked_for_and_new_prompts_leave_the_old_ones_where_they_were(tmp_path):
     prompts = [f"prompt {i}" for i in range(4_000)]
     before, after = hashed(tmp_path / "a.parquet", prompts[:1_000]), hashed(tmp_path / "b.parquet", prompts[::-1])

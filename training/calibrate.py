@@ -96,17 +96,17 @@ def calibrate() -> Path:
         tried.append(rules.economic_candidate(tried[0].exit_head, tuning, run, MAX_RISK))
         found[checks] = rules.best_of_each(tried, tuning, run, MAX_RISK)
         stage.log.info("checks %s: %s", checks, {name: round(value, 4) for name, (_, value) in found[checks].items()})
-    checks = min(found, key=lambda c: min(value for _, value in found[c].values()))
-    best, columns = found[checks], torch.tensor(checks)
-    tuning, tuning_run = exit_data(heads, calibration, validation, columns), run_of(validation, checks, cost)
+    cheapest = min(found, key=lambda c: min(value for _, value in found[c].values()))
+    best, columns = found[cheapest], torch.tensor(cheapest)
+    tuning, tuning_run = exit_data(heads, calibration, validation, columns), run_of(validation, cheapest, cost)
     default = rules.choose_default(best, tuning, tuning_run, MAX_RISK)
     floors = {
         name: rules.floor_of(tuning_run, rules.paths_of(candidate, tuning), MAX_RISK)
         for name, (candidate, _) in best.items()
     }
-    stage.log.info("checks %s, default rule %s", checks, default)
+    stage.log.info("checks %s, default rule %s", cheapest, default)
 
-    data, run = exit_data(heads, calibration, held_out, columns), run_of(held_out, checks, cost)
+    data, run = exit_data(heads, calibration, held_out, columns), run_of(held_out, cheapest, cost)
     setting = {
         "scheduler": "DDIMScheduler",
         "num_inference_steps": DEFAULT.steps,
@@ -122,7 +122,7 @@ def calibrate() -> Path:
         work_folder() / "rules" / "rules.json",
         {
             "default": default,
-            "checks": list(checks),
+            "checks": list(cheapest),
             "check_cost": cost,
             "price": price,
             "bad_rate": bad_rate,
@@ -134,7 +134,7 @@ def calibrate() -> Path:
     for name, (candidate, _) in best.items():
         with atomic_path(work_folder() / "rules" / f"{name}.safetensors") as temporary:
             save_file(_contiguous(candidate.exit_head.state_dict()), temporary)
-    scorer = build_scorer(heads, calibration, best[default][0].exit_head, checks)
+    scorer = build_scorer(heads, calibration, best[default][0].exit_head, cheapest)
     scorer.config = dataclasses.replace(scorer.config, threshold=thresholds[default])
     scorer.save_pretrained(result, torch.float16)  # every part was rounded to it as soon as it was trained
     return result

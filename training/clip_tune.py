@@ -11,6 +11,8 @@ runs three parts, each resumable, on trajectories or on shards of :mod:`training
 
 It writes to ``--out``: ``plain``, ``noise_tuned``, ``classified`` and ``embedder.safetensors``, each with the weights of an
 open_clip model; ``embedder.json``, the configuration of the last one for a scorer; ``wise_ft.json``, the table of part 3.
+
+``accelerate launch -m training.clip_tune ...`` shares out the batches of parts 1 and 2 over GPUs; the loss is that of the whole batch.
 """
 
 from __future__ import annotations
@@ -327,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--preview", help="for latents: file of training.fit_preview, sdxl, or folder or Hub id of a VAE, tiny or full"
     )
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="without a launcher (%(default)s)")
     parser.add_argument(
         "--tracker",
         default=os.environ.get("MOE_ARTIFACTS_TRACKER", "tensorboard"),

@@ -6,6 +6,7 @@ few ten thousand images say all that it can learn.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ from moe_artifacts.accumulator import ExitHead, step_mass
 from moe_artifacts.calibration import Calibration
 from moe_artifacts.config import ExitHeadConfig
 from moe_artifacts.exit_loss import economic_loss, palbert_loss
-from moe_artifacts.shapes import PerImage, Rows, StepMass, StepProbs, StepState, StepValues
+from moe_artifacts.shapes import PerImage, RowMask, Rows, StepMass, StepProbs, StepState, StepValues
 from training.head_data import HeadData
 from training.heads import Checks, Heads, draw_subset, iter_states, round_to_half, strides
 from training.loop import StepBatch, TrainingLoop, linear_schedule
@@ -50,6 +51,11 @@ class ExitData:
     bad: PerImage  # label, in [0, 1]
     log_snr_range: tuple[float, float]
 
+    def rows(self, which: Rows | RowMask) -> ExitData:
+        """Some of the images."""
+        columns = ("state", "prob", "log_snr", "spent", "bad")
+        return dataclasses.replace(self, **{name: getattr(self, name)[which] for name in columns})
+
     def at(self, rows: Rows, checks: Checks) -> tuple[StepState, StepState, StepValues, StepValues]:
         """State, state before, progress and progress before, at a subset of checks."""
         state = self.state[rows][:, checks]
@@ -62,11 +68,11 @@ def exit_data(heads: Heads, calibration: Calibration, data: HeadData, checks: Ch
     """States and calibrated posteriors of all images at ``checks``."""
     columns: list[tuple[Tensor, ...]] = []
     for batch, logit, state in iter_states(heads, data, checks):
-        log_snr = batch.log_snr[:, checks]
-        prob = calibration(logit, log_snr.nan_to_num(heads.space.log_snr_range[0]))
-        prob = torch.where(log_snr.isnan(), 0.0, prob)
-        columns.append((state, prob, log_snr, batch.spent[:, checks].nan_to_num(0.0), batch.label))
-    return ExitData(*(torch.cat(parts) for parts in zip(*columns, strict=True)), heads.space.log_snr_range)
+        level = batch.log_snr[:, checks]
+        known = calibration(logit, level.nan_to_num(heads.space.log_snr_range[0]))
+        columns.append((state, torch.where(level.isnan(), 0.0, known), level, batch.spent[:, checks], batch.label))
+    state, prob, log_snr, spent, bad = (torch.cat(parts) for parts in zip(*columns, strict=True))
+    return ExitData(state, prob, log_snr, spent, bad, heads.space.log_snr_range)
 
 
 def train_exit(recipe: ExitRecipe, data: ExitData, state: Path | None = None) -> ExitHead:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Real
+from jaxtyping import Float, Int, Shaped
 
 from moe_artifacts.calibration import brier_score, clopper_pearson, expected_calibration_error
 from moe_artifacts.policy import Run, abort_columns, apply_rule
-from training.metrics import Resample, auroc, auroc_within, over_images
+from training.metrics import Measure, Resample, auroc, auroc_within, over_images
 from training.rules import Paths
 from training.scored import Scored
 
@@ -33,24 +33,37 @@ def quality(
     """
     bad, prompt, truth = scored.bad, scored.prompt, scored.label.numpy().astype(float)
     base = np.full(len(bad), base_rate)
-    rows = []
-    for column in columns:
-        prob = scored.prob[:, column].numpy()
-        measures = {
-            "auroc_within": lambda i, group, p=prob: auroc_within(p[i], bad[i], group),
-            "auroc_pooled": lambda i, group, p=prob: auroc(p[i], bad[i]),
+
+    def measures_of(prob: np.ndarray) -> dict[str, Measure]:
+        return {
+            "auroc_within": lambda i, group: auroc_within(prob[i], bad[i], group),
+            "auroc_pooled": lambda i, group: auroc(prob[i], bad[i]),
             "auroc_prompt_only": lambda i, group: _known_auroc(prompt_rate[i], bad[i]),
-            "ece": lambda i, group, p=prob: expected_calibration_error(p[i], truth[i]),
+            "ece": lambda i, group: expected_calibration_error(prob[i], truth[i]),
             "ece_base_rate": lambda i, group: expected_calibration_error(base[i], truth[i]),
-            "brier": lambda i, group, p=prob: brier_score(p[i], truth[i]),
+            "brier": lambda i, group: brier_score(prob[i], truth[i]),
             "brier_base_rate": lambda i, group: brier_score(base[i], truth[i]),
         }
-        row: Row = {"table": "quality", "share": float(scored.calls[column] / scored.total_calls)}
-        for name, measure in measures.items():
-            row[name] = measure(np.arange(len(bad)), prompt)
-            row[f"{name}_low"], row[f"{name}_high"] = resample(measure, prompt)
-        rows.append(row)
-    return rows
+
+    return [
+        {
+            "table": "quality",
+            "share": float(scored.calls[column] / scored.total_calls),
+            **with_intervals(measures_of(scored.prob[:, column].numpy()), prompt, resample),
+        }
+        for column in columns
+    ]
+
+
+def with_intervals(
+    measures: Mapping[str, Measure], group: Int[np.ndarray, " image"], resample: Resample
+) -> dict[str, float]:
+    """Each measure of all images, and as ``<name>_low`` and ``<name>_high`` the ends of its interval."""
+    found = {}
+    for name, measure in measures.items():
+        found[name] = measure(np.arange(len(group)), group)
+        found[f"{name}_low"], found[f"{name}_high"] = resample(measure, group)
+    return found
 
 
 def rule_row(
@@ -97,7 +110,7 @@ def rule_row(
     }
 
 
-def halves_rate(label: Real[np.ndarray, " image"], prompt: Int[np.ndarray, " image"]) -> Float[np.ndarray, " image"]:
+def halves_rate(label: Shaped[np.ndarray, " image"], prompt: Int[np.ndarray, " image"]) -> Float[np.ndarray, " image"]:
     """Share of bad images of the same prompt, in the half of its images that an image is not in.
 
     What a prompt alone tells, where it has several images here and was never seen in training; NaN where an image is the only

@@ -201,6 +201,7 @@ def noise_job(
             grid.name: [grid.levels[0].log_snr, grid.levels[-1].log_snr, len(grid.levels)] for grid in noise.grids
         },
         "num_steps": {grid.name: max(grid.steps) + 1 for grid in noise.grids},
+        "pictures": "latents" if noise.preview is None else "previews",  # for who can take either
     }
     return RowJob(
         name="forward noise",

@@ -164,7 +164,7 @@ def train_denoiser(
     """Train text encoder and U-Net together; the result is a StableDiffusionPipeline folder.
 
     Args:
-        data: Fashion-MNIST where it is not given; all latents are held in memory.
+        data: Fashion-MNIST where it is not given; latents of all of it are held in memory, 1 KB for 32x32 pixels.
         prompts: Of each class, as many for one as for another; those of Fashion-MNIST where they are not given.
         dtype: Of the weights in the folder.
     Raises:
@@ -179,7 +179,8 @@ def train_denoiser(
     torch.set_flush_denormal(True)
     data = data or fashion_classes().train
     prompts = prompts or [prompts_of(k, "all") for k in range(len(CLASS_NAMES))]
-    latents = encode(vae.to(device), (data.rgb(slice(start, start + 500)) for start in range(0, len(data), 500)))
+    at_once = 500 * 32**2 // data.size**2
+    latents = encode(vae.to(device), (data.rgb(slice(i, i + at_once)) for i in range(0, len(data), at_once)))
     tokenizer = build_tokenizer([p for group in prompts for p in group], stage.folder / "tokenizer", CONTEXT_LENGTH)
     fit_context(tokenizer, prompts, CONTEXT_LENGTH)
     tokens = torch.stack([_tokenize(tokenizer, group) for group in prompts])  # label prompt position

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from moe_artifacts.checkpoint import load_state_strict, read_weights
@@ -20,11 +20,11 @@ from moe_artifacts.experts import Experts
 from moe_artifacts.gate import Gate
 from moe_artifacts.noise import progress as noise_progress
 from moe_artifacts.scorer import step_features
-from moe_artifacts.shapes import Embedding, Features, PerImage, Rows, State, StepFeatures, StepState, StepValues
+from moe_artifacts.shapes import Embedding, Features, PerImage, State, StepFeatures, StepState, StepValues
 from training.embedded import EmbeddedBatch
 from training.head_data import HeadData, on_device
 
-Checks = Rows  # columns of the data, rising
+Checks = Int64[Tensor, " step"]  # columns of the data, rising
 Variant = Literal["soft", "hard", "single-head"]
 
 
@@ -144,7 +144,7 @@ class Sequence:
 
     features: StepFeatures
     at: StepValues  # progress
-    before: StepValues  # progress at the scored step before; 0 at the first; no stride where a check is missing
+    before: StepValues  # progress at the scored step before; 0 at the first
     log_snr: StepValues  # within the range, also where missing
     present: Bool[Tensor, "batch step"]
 
@@ -177,11 +177,14 @@ def sequence(batch: EmbeddedBatch, checks: Checks, space: HeadSpace) -> Sequence
 def strides(
     log_snr: Float[Tensor, "batch step"], log_snr_range: tuple[float, float]
 ) -> tuple[StepValues, StepValues, Bool[Tensor, "batch step"]]:
-    """Progress, progress at the scored step before, and which steps exist; NaN is a step that does not."""
+    """Progress, progress at the scored step before, and which steps exist.
+
+    NaN is a step that does not, one of the first: its progress is 0, and so is its stride.
+    """
     present = ~log_snr.isnan()
     at = noise_progress(log_snr.nan_to_num(log_snr_range[0]), log_snr_range)  # infinite levels are clamped
     before = torch.cat([torch.zeros_like(at[:, :1]), at[:, :-1]], dim=1)
-    return at, torch.where(present, before, at), present
+    return at, before, present
 
 
 def draw_subset(generator: torch.Generator, count: int) -> Checks:
@@ -193,7 +196,6 @@ def draw_subset(generator: torch.Generator, count: int) -> Checks:
     return torch.cat([chosen, torch.tensor([count - 1])])
 
 
-@torch.no_grad()
 def iter_states(
     heads: Heads, data: HeadData, checks: Checks, batch: int = 2_000
 ) -> Iterator[tuple[EmbeddedBatch, StepValues, StepState]]:
@@ -205,12 +207,13 @@ def iter_states(
     device = heads.margin.weight.device
     for rows in torch.arange(len(data)).split(batch):
         part = data.take(rows)
-        seen = sequence(on_device(part, device), checks.to(device), heads.space)
-        flat = seen.features.flatten(0, 1)
-        logit, state = heads(flat, flat[:, : heads.space.embed_dim], seen.log_snr.flatten())
-        shape = seen.present.shape
-        logit = torch.where(seen.present, logit.unflatten(0, shape), 0.0)
-        state = torch.where(seen.present[..., None], state.unflatten(0, shape), 0.0)
+        with torch.no_grad():  # not around the function: whoever asks for the next images may need gradients
+            seen = sequence(on_device(part, device), checks.to(device), heads.space)
+            flat = seen.features.flatten(0, 1)
+            logit, state = heads(flat, flat[:, : heads.space.embed_dim], seen.log_snr.flatten())
+            shape = seen.present.shape
+            logit = torch.where(seen.present, logit.unflatten(0, shape), 0.0)
+            state = torch.where(seen.present[..., None], state.unflatten(0, shape), 0.0)
         yield part, logit.cpu(), state.cpu()
 
 

@@ -86,6 +86,8 @@ class TrajectorySource:
         self._digest = hashlib.sha256()
         for one in self.folders:
             meta = read_json(one / META_NAME)  # a folder without it was not finished
+            if not isinstance(meta, dict) or not isinstance(meta.get("steps"), list):
+                raise InputError(f"{one / META_NAME} is not that of a trajectory: it lacks steps; record it again")
             self.checks = max(self.checks, len(meta["steps"]))
             for name in (META_NAME, TABLE_NAME):  # the second holds the labels
                 self._digest.update(f"{one.name} {sha256_file(one / name)}\n".encode())
@@ -123,15 +125,17 @@ class NoisedSource:
     """The previews of :mod:`training.forward_noise`, or its latents where it wrote no previews.
 
     Raises:
-        InputError: If shards are missing, or all are empty.
+        InputError: If shards are missing, or it was written by an older version.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta = read_json(folder / META)
+        if missing := {"levels_per_image", "num_steps", "pictures"} - self.meta.keys():
+            raise InputError(f"{folder / META} lacks {', '.join(sorted(missing))}; run training.forward_noise anew")
         self.files = complete_shards(folder)
         self.shards, self.checks = len(self.files), self.meta["levels_per_image"]
-        self.kind: Literal["previews", "latents"] = "latents" if self.meta["preview"] == "none" else "previews"
+        self.kind: Literal["previews", "latents"] = self.meta["pictures"]
 
     def images(self, shard: int, at_once: int) -> Iterator[LevelImage]:
         path = self.files[shard]

@@ -1,24 +1,26 @@
 """The training loop: any loss on any data, in one process or several, interrupted and taken up again.
 
-    loop = TrainingLoop({"head": head}, AdamW(head.parameters(), lr=1e-3), steps=800, seed=0, state=folder / "head.state.safetensors")
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    state = folder / "head.state.safetensors"
+    loop = TrainingLoop(modules={"head": head}, optimizer=optimizer, steps=800, seed=0, state=state)
 
-    def draw(generator):                                # rows of one step, over all processes
+    def draw(generator):  # the rows of a step, for all processes
         return torch.randint(len(data), (512,), generator=generator)
 
-    def loss_of(batch):                                 # mean over batch.rows, the part of this process
-        part = data.take(batch.rows)
-        return loss(head(part.features.to(batch.device)), part.label.to(batch.device))
+    def loss_of(batch):  # the mean over those of this process
+        features, label = data.take(batch.rows)
+        return loss(head(features.to(batch.device)), label.to(batch.device))
 
-    result = loop(loss_of, draw, evaluate, monitor="auroc_within", patience=4)   # head now holds its best weights
-    save(head); loop.forget()
+    result = loop(loss_of, draw, evaluate, monitor="auroc", patience=4)
+    # head holds its best weights: save them, then loop.forget()
 
-One process needs nothing more, and trains where the modules are. Several are started by ``accelerate launch`` (GPUs, with one or many
-machines) or by ``ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m ...`` (CPU, gloo): every process holds the whole model, draws
-the same rows, takes its part of them, and takes the same step, with the gradient of all rows. What a run comes to therefore
-depends on the number of processes by rounding alone (and by dropout, which each draws for itself).
+A single process trains where the modules are. Several are started by ``accelerate launch`` (GPUs, of one or many
+machines) or by ``ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node 2 -m ...`` (CPU, gloo). Every process
+draws the same rows, takes its part of them, and goes the same step, down the gradient of all rows: a run depends on the
+number of processes by rounding alone, and by dropout, which each draws for itself.
 
-A step depends on the seed, its number and the weights, on nothing else. A run that was killed goes on from its last saved state and
-ends with the same bits as if it had not been.
+A step depends on the seed, its number and the weights, on nothing else. A run that was killed goes on from its last saved
+state and ends with the same bits as if it had not been (with several processes, where the backend adds in one order).
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
-    """What a process does of one step, at once."""
+    """The rows of one step that a process takes at once."""
 
     step: int
     rows: Rows  # of those drawn for the step
@@ -70,7 +72,7 @@ class StepBatch:
         return len(self.rows) / self.count
 
     def own(self, values: Tensor) -> Tensor:
-        """This part of numbers drawn for all rows of the step: ``batch.own(torch.randn(batch.count, generator=...))``."""
+        """This part of what was drawn for all rows of the step: ``batch.own(torch.randn(batch.count, generator=...))``."""
         return values[self.place]
 
     def gather(self, values: Tensor) -> Tensor:
@@ -100,8 +102,8 @@ class TrainingLoop:
         ConfigError: If an option is out of range, or accelerate was launched for something that is not supported.
     """
 
-    modules: dict[str, nn.Module]  # whose weights and buffers are the state; averaged copies too
-    optimizer: torch.optim.Optimizer  # of their parameters; its state as tensors, as Adam's and SGD's are
+    modules: dict[str, nn.Module]  # whose weights and buffers make up the state: trained ones, running averages
+    optimizer: torch.optim.Optimizer  # its own state in tensors, as that of Adam and SGD
     steps: int
     seed: int
     name: str = "training"  # for the progress bar and errors
@@ -114,9 +116,7 @@ class TrainingLoop:
     micro_batch: int | None = None  # rows of a process that go through at once; None: all of its share
     options: Mapping[str, Any] = field(default_factory=dict)  # of the run, as JSON: it is continued only with the same
     track: Callable[..., None] | None = None  # ``Stage.track``, or any ``track(step, **values)``; on the main process
-    accelerator: Accelerator | None = (
-        None  # None: what a launcher asks for; without one, one process where the modules are
-    )
+    accelerator: Accelerator | None = None  # None: as launched; without a launcher one process, where the modules are
 
     def __post_init__(self) -> None:
         least = {"steps": 0, "save_every": 1, "evaluate_every": 1, "log_every": 1, "micro_batch": 1}
@@ -153,15 +153,16 @@ class TrainingLoop:
                 steps), the loss and how many there are: with 0 the loss is not looked at. Called in training mode.
             draw: The rows of one step, for all processes together, from the generator alone.
             evaluate: Figures of the modules as they are, in evaluation mode and without gradients; on the main process,
-                every ``evaluate_every`` steps and after the last. The others wait (half an hour under accelerate's default).
+                every ``evaluate_every`` steps and after the last. The others wait, as long as accelerate's
+                ``InitProcessGroupKwargs(timeout)`` says.
             monitor: The figure to be highest.
             patience: Evaluations in a row without a better figure after which training stops; None: never.
             after_step: Called after each step with the number of steps done, on every process: clamps, running averages.
             backward: False if ``loss_of`` adds the gradient of ``batch.share`` times its loss to ``.grad`` itself, as
                 :func:`training.cached_contrastive.cached_backward` does.
         Raises:
-            ConfigError: If the loss, a gradient or a weight is no longer finite: the last state stays. Or if the state is of
-                a run with other options.
+            ConfigError: If the loss, a gradient or a weight is no longer finite: the last state stays. Or if the state is
+                of a run with other options.
             CheckpointError: If the state is damaged, or of other modules.
             InputError: If the rows do not suffice for the processes, or ``monitor`` is no finite figure of ``evaluate``.
             ProcessError: If the main process failed and this is another, or they do not see the same state.
@@ -205,6 +206,8 @@ class TrainingLoop:
         """What the outcome depends on, as it is read back."""
         own = {
             "modules": sorted(self.modules),
+            "optimizer": type(self.optimizer).__name__,
+            "learning_rates": [float(rate) for rate in self._rates],
             "steps": self.steps,
             "seed": self.seed,
             "evaluate_every": self.evaluate_every,

@@ -60,23 +60,17 @@ def bootstrap(
     return _interval([measure(rng.integers(count, size=count)) for _ in range(repeats)])
 
 
-# An interval of measure(rows, group), with the group of each image: how images are resampled.
-Resample: TypeAlias = Callable[[Callable[[np.ndarray, np.ndarray], float], np.ndarray], tuple[float, float]]
+Measure: TypeAlias = Callable[[np.ndarray, np.ndarray], float]  # of some rows, and the group of each
+Resample: TypeAlias = Callable[[Measure, np.ndarray], tuple[float, float]]  # interval of a measure, given all groups
 
 
-def over_images(
-    measure: Callable[[np.ndarray, np.ndarray], float], group: Shaped[np.ndarray, " image"]
-) -> tuple[float, float]:
+def over_images(measure: Measure, group: Shaped[np.ndarray, " image"]) -> tuple[float, float]:
     """The same over images that were drawn independently, whatever their group."""
     return bootstrap(lambda rows: measure(rows, group[rows]), len(group))
 
 
 def over_groups(
-    measure: Callable[[np.ndarray, np.ndarray], float],
-    group: Shaped[np.ndarray, " image"],
-    *,
-    repeats: int = 200,
-    seed: int = 0,
+    measure: Measure, group: Shaped[np.ndarray, " image"], *, repeats: int = 200, seed: int = 0
 ) -> tuple[float, float]:
     """The same over groups, each with all of its images: those of one prompt are alike.
 

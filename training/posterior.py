@@ -1,9 +1,12 @@
 """Training of gate and experts: the posterior. The exit head comes after it, in exit_head.py.
 
-Steps are dropped at random while training, so that one scorer serves any set of checks. Where one kind of image is rare, its
-images count more, and the logit is shifted by as much as that moves the optimum: what is learned stays the posterior at the
-data's own rate, for soft labels too, while clean images no longer make up nearly all of the gradient. It is the logit adjustment
-of Menon et al., arXiv:2007.07314, with weights in place of balanced sampling.
+Steps are dropped at random while training, so that one scorer serves any set of checks.
+
+Where one kind of image is rare, the logit starts at the log-odds of the data, so that no step is spent on learning the rate. Images
+of the rare kind may count more (``rare_weight``); the logit is then shifted by as much as that moves the optimum, so that what is
+learned stays the posterior at the data's own rate, for soft labels too (logit adjustment, Menon et al., arXiv:2007.07314, with
+weights in place of sampling). By default they do not: with 100 bad images of 5,350, two seeds, weights up to 1, 5 and 20 gave an
+AUROC of .910, .909 and .907.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from training.metrics import auroc, auroc_within, rarer_in_mixed_groups
 from training.processes import Processes
 
 FEWEST_MIXED = 10  # images of the rarer kind, in prompts with both: with fewer, AUROC within prompts says too little
+SAVE_EVERY = 100  # steps
 LARGEST_MARGIN = 4.0  # of the auxiliary target: how far beyond the border it is does not matter any more
 
 
@@ -97,7 +101,6 @@ def train_posterior(
         return path
     targets = targets or Targets.of(data, recipe.rare_weight)
     torch.manual_seed(recipe.seed)
-    torch.set_flush_denormal(True)
     processes = Processes(torch.device(device))
     heads = Heads(recipe, space)
     rate = _rate(data)
@@ -112,6 +115,7 @@ def train_posterior(
         name=f"heads {recipe.name}",
         schedule=linear_schedule(recipe.steps, min(100, recipe.steps // 4)),
         state=path.with_suffix(".state.safetensors"),
+        save_every=SAVE_EVERY,
         evaluate_every=recipe.evaluate_every,
         options={"recipe": vars(recipe) | vars(space) | vars(targets), "images": len(data)},
         track=track,
@@ -131,9 +135,13 @@ def train_posterior(
         loss = targets.loss(logit, heads.margin(state).squeeze(-1), label, margin, recipe.margin_weight)
         return loss + recipe.expert_penalty * heads.experts.expert_penalty(), float(len(logit))
 
-    result = loop(
-        loss_of, draw, lambda: validation_figures(heads, validation), monitor="auroc", patience=recipe.patience
-    )
+    torch.set_flush_denormal(True)
+    try:
+        result = loop(
+            loss_of, draw, lambda: validation_figures(heads, validation), monitor="auroc", patience=recipe.patience
+        )
+    finally:
+        torch.set_flush_denormal(False)  # a threshold just above 0 would be 0
 
     def write() -> None:
         state = {name: value.half().contiguous().cpu() for name, value in heads.state_dict().items()}

@@ -1,6 +1,10 @@
 """The processes that train together: one alone, or those that accelerate was launched with.
 
-Every process holds the whole model. They exchange sums of gradients, and what the main process says; nothing is pickled.
+Every process holds the whole model. They exchange gradients, and what the main process says; nothing is pickled.
+
+Gradients are added up after the backward pass, not by DistributedDataParallel during it. It expects one forward call of
+one module, while losses here run several modules, in parts, twice (:mod:`training.cached_contrastive`), or with experts
+that a process does not use. The price is that sending does not overlap with computing.
 """
 
 from __future__ import annotations
@@ -82,7 +86,7 @@ class Processes:
         return torch.cat([whole[: place.start], values, whole[place.stop :]])
 
     def add_up_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Give every process the sum of the gradients. What has none on any process stays without: no step, no decay."""
+        """Give every process the sum of the gradients. What has none on any of them stays without: no step, no decay."""
         if self.count == 1:
             return
         has = self.total(torch.tensor([float(p.grad is not None) for p in parameters])) > 0

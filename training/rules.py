@@ -1,26 +1,30 @@
 """Decision rules on trained heads: every one that is tried, what it costs, and the threshold that keeps a promise.
 
-Free numbers (the price of a clean image, q, patience, the boundary) are chosen by the lowest cost per clean image on validation;
-thresholds come from calibration images, which nothing else has seen. The default is the rule that is cheapest on validation; in a tie
-(paired interval across zero) the cumulative one, whose threshold serves every number of steps.
+Free numbers (the price of a clean image, q, patience) are chosen by the lowest cost per clean image on validation; thresholds come
+from calibration images, which nothing else has seen. The default is the rule that is cheapest on validation; in a tie (paired
+interval across zero) the cumulative one, whose threshold serves every number of steps.
+
+The boundary of the economic rule has two free numbers a check: where few images are there to fit it on, it is judged out of fold,
+on each half of the images by the boundary of the other half (:func:`economic_out_of_fold`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from moe_artifacts.accumulator import ExitHead, accumulate
 from moe_artifacts.calibration import Calibration, Certified, Risk, certify, fit_scale_bias
 from moe_artifacts.calibration.economic import choose_steps, fit_boundary
-from moe_artifacts.calibration.risks import Unit
-from moe_artifacts.config import ThresholdConfig
+from moe_artifacts.calibration.risks import Unit, require_rate
+from moe_artifacts.config import ExitHeadConfig, ThresholdConfig
 from moe_artifacts.decision import clear_step, path_statistic
 from moe_artifacts.policy import Run, apply_rule, cheapest_threshold, last_statistic
 from training.exit_head import ExitData, ExitRecipe, exit_data, exit_masses, train_exit
@@ -30,6 +34,7 @@ from training.heads import Heads, iter_states, round_to_half, strides
 PRICE_FACTORS = (1.0, 1.25, 1.5)
 SMALLEST_GAIN = 0.002  # relative change of the cost per clean image that another check has to bring
 
+NOT_JUDGED: Mapping[str, Any] = MappingProxyType({})
 ExitTrainer = Callable[[ExitRecipe, ExitData], ExitHead]
 
 
@@ -61,6 +66,10 @@ class Promise:
     confidence: float
     unit: Unit  # "image" holds only where every image's prompt was drawn on its own
 
+    def __post_init__(self) -> None:
+        for name in ("max_risk", "confidence"):
+            require_rate(name, getattr(self, name))
+
 
 def fit_calibration(heads: Heads, data: HeadData) -> Calibration:
     """Scale and bias per log-SNR band, from all checks of labelled images.
@@ -71,13 +80,13 @@ def fit_calibration(heads: Heads, data: HeadData) -> Calibration:
     low, high = heads.space.log_snr_range
     calibration = Calibration(heads.space.log_snr_range)
     logits, labels, levels = [], [], []
-    for batch, logit, _ in iter_states(heads, data, torch.arange(data.checks)):
+    for batch, values, _ in iter_states(heads, data, torch.arange(data.checks)):
         present = ~batch.log_snr.isnan()
-        logits.append(logit[present])
-        labels.append(batch.label[:, None].expand_as(logit)[present])
+        logits.append(values[present])
+        labels.append(batch.label[:, None].expand_as(values)[present])
         levels.append(batch.log_snr[present].clamp(low, high))  # pure noise has minus infinity
-    columns = (torch.cat(values).numpy() for values in (logits, labels, levels))
-    calibration.set(*fit_scale_bias(*columns, heads.space.log_snr_range, len(calibration.scale)))
+    logit, label, level = (torch.cat(parts).numpy() for parts in (logits, labels, levels))
+    calibration.set(*fit_scale_bias(logit, label, level, heads.space.log_snr_range, len(calibration.scale)))
     return round_to_half(calibration)
 
 
@@ -143,27 +152,74 @@ def cheapest(run: Run, paths: Paths, max_risk: float) -> float:
     return apply_rule(run, paths.statistic, threshold, paths.clear).cost_per_clean
 
 
+def economic_out_of_fold(data: ExitData, run: Run, prompt: np.ndarray, exit_head: ExitHead, max_risk: float) -> Paths:
+    """What the economic rule makes of each half of the images, its boundary fitted on the other half.
+
+    Args:
+        prompt: Of each image; images of one prompt are in one half.
+        exit_head: Any.
+    Raises:
+        CalibrationError: If a half has no image, or no prompt, of one kind.
+    """
+    second = halves(prompt, run.bad)
+    statistic = np.zeros(data.prob.shape, dtype=np.float32)
+    clear = np.zeros(len(run.bad), dtype=np.int64)
+    for half in (second, ~second):
+        other = dataclasses.replace(run, bad=run.bad[~half])
+        candidate = economic_candidate(exit_head, data.rows(torch.from_numpy(~half)), other, max_risk)
+        paths = paths_of(candidate, data.rows(torch.from_numpy(half)))
+        assert paths.clear is not None  # the economic rule clears
+        statistic[half], clear[half] = paths.statistic, paths.clear
+    return Paths(statistic, clear)
+
+
+def halves(prompt: Int[np.ndarray, " image"], bad: Bool[np.ndarray, " image"]) -> Bool[np.ndarray, " image"]:
+    """Which images belong to the second half: whole prompts, the bad images shared out as evenly as that allows.
+
+    Example:
+        >>> halves(np.array([3, 3, 5, 5, 7, 8]), np.array([True, True, True, False, False, False])).tolist()
+        [False, False, True, True, False, True]
+    """
+    place = np.unique(prompt, return_inverse=True)[1]
+    counts = np.stack([np.bincount(place), np.bincount(place, weights=bad)])
+    order = np.lexsort(-counts)  # most bad images first, then most images
+    return np.argsort(order)[place] % 2 == 1
+
+
 def best_of_each(
-    found: list[Candidate], data: ExitData, run: Run, max_risk: float
+    found: list[Candidate], data: ExitData, run: Run, max_risk: float, judged: Mapping[str, Paths] = NOT_JUDGED
 ) -> dict[str, tuple[Candidate, float]]:
-    """Per rule the free number with the lowest cost, and that cost."""
+    """Per rule the free number with the lowest cost, and that cost.
+
+    Args:
+        judged: Of rules that were fitted on these images: what they make of them out of fold.
+    """
     best: dict[str, tuple[Candidate, float]] = {}
     for candidate in found:
-        cost = cheapest(run, paths_of(candidate, data), max_risk)
+        cost = cheapest(run, judged.get(candidate.name) or paths_of(candidate, data), max_risk)
         if candidate.name not in best or cost < best[candidate.name][1]:
             best[candidate.name] = (candidate, cost)
     return best
 
 
 def choose_default(
-    best: dict[str, tuple[Candidate, float]], data: ExitData, run: Run, max_risk: float, repeats: int = 100
+    best: dict[str, tuple[Candidate, float]],
+    data: ExitData,
+    run: Run,
+    max_risk: float,
+    judged: Mapping[str, Paths] = NOT_JUDGED,
+    repeats: int = 100,
 ) -> str:
-    """The cheapest rule; the cumulative one if its paired difference to it has an interval across zero."""
+    """The cheapest rule; the cumulative one if its paired difference to it has an interval across zero.
+
+    Args:
+        judged: As of :func:`best_of_each`.
+    """
     first = min(best, key=lambda name: best[name][1])
     if first == "cumulative":
         return first
     rng = np.random.default_rng(0)
-    both = [paths_of(best[name][0], data) for name in ("cumulative", first)]
+    both = [judged.get(name) or paths_of(best[name][0], data) for name in ("cumulative", first)]
     differences = []
     for _ in range(repeats):
         rows = rng.integers(len(run.bad), size=len(run.bad))
@@ -183,16 +239,16 @@ def choose_checks(
     Args:
         data: Labelled images of one setting.
         run: With a column of calls for each check of the data.
+    Raises:
+        CalibrationError: As :func:`economic_out_of_fold`.
     """
-    last = data.checks - 1
+    last, prompt = data.checks - 1, data.prompt_id.numpy()
+    no_exit = ExitHead(ExitHeadConfig(state_dim=heads.experts.config.hidden_dim))
 
     def cost(columns: tuple[int, ...]) -> float:
         seen = exit_data(heads, calibration, data, torch.tensor(columns))
-        calls = run.calls[list(columns)]
-        found = fit_boundary(
-            seen.prob.numpy(), run.bad, calls, run.total_calls, run.check_cost, max_false_aborts=max_risk
-        )
-        return found.cost_per_clean / run.total_calls
+        part = dataclasses.replace(run, calls=run.calls[list(columns)])
+        return cheapest(part, economic_out_of_fold(seen, part, prompt, no_exit, max_risk), max_risk)
 
     chosen = choose_steps(cost, run.last_saving + 1, most=most, gain=SMALLEST_GAIN)
     return (*chosen, last) if last not in chosen else chosen

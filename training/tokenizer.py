@@ -29,10 +29,11 @@ def build_tokenizer(prompts: Sequence[str], folder: Path, max_length: int) -> CL
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), _BYTES])
     # The alphabet as special tokens gives its signs fixed places: merges that are equally frequent go by those places, and
     # would otherwise come in another order each time.
+    every_word = len(alphabet) + sum(
+        len(word.encode()) for word in words
+    )  # the most that merging each into one can take
     trainer = trainers.BpeTrainer(
-        vocab_size=max(
-            MIN_VOCABULARY, len(alphabet) + sum(len(word.encode()) for word in words)
-        ),  # every word as one token
+        vocab_size=max(MIN_VOCABULARY, every_word),
         end_of_word_suffix="</w>",
         show_progress=False,
         min_frequency=1,

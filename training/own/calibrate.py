@@ -10,6 +10,7 @@ Without ``--pipeline`` (rated images that were noised, no trajectories) the scor
 promises about a pipeline has to be measured there.
 
     SCORER/config.json, model.safetensors     the scorer; its threshold is that of the chosen rule
+    SCORER/check_cost.json                    what a check costs, where it was measured; delete it to measure again
     SCORER/rules/rules.json                   what every rule costs on validation, and its certified threshold
     SCORER/rules/<rule>.safetensors           the exit head that it reads
 """
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -34,53 +34,41 @@ from moe_artifacts.accumulator import ExitHead
 from moe_artifacts.calibration import Calibration
 from moe_artifacts.calibration.risks import Unit
 from moe_artifacts.checkpoint import save_state
-from moe_artifacts.config import (
-    ExitHeadConfig,
-    LatentSpaceConfig,
-    RuleName,
-    ThresholdConfig,
-    to_dict,
-)
-from moe_artifacts.embedder import ClipEmbedder
-from moe_artifacts.errors import CalibrationError, ConfigError, InputError, MoeArtifactsError
-from moe_artifacts.files import write_json
+from moe_artifacts.config import ExitHeadConfig, LatentSpaceConfig, RuleName
+from moe_artifacts.embedder import ClipEmbedder, state_sha256
+from moe_artifacts.errors import ConfigError, InputError, MoeArtifactsError
+from moe_artifacts.files import read_json, write_json
 from moe_artifacts.guard.space import latent_space_of
 from moe_artifacts.latent_spaces import LATENT_SPACES
-from moe_artifacts.noise import progress
 from moe_artifacts.scorer import ArtifactScorer
 from training import rules
 from training.assembly import assemble, self_contained
 from training.clip_towers import load_preview
 from training.embed import load_embedder
 from training.embedded import EmbeddedRows
-from training.exit_head import ExitRecipe, exit_data, train_exit
+from training.exit_head import ExitRecipe, train_exit
 from training.head_data import HeadData, Subset, at_most, labelled
 from training.heads import Heads, round_to_half
+from training.own.choose import (
+    Calibrated,
+    Sampling,
+    calibrate_for,
+    exit_training_data,
+    require_trained_levels,
+    sampling_of,
+)
 from training.own.cost import measure_check_cost
 from training.own.heads_folder import HeadFacts, read_heads, require_same_embedder
 from training.own.train import describe
 from training.row_jobs import complete_shards
-from training.rules import Candidate, Promise
+from training.rules import Promise
 
-CHOOSING_IMAGES = 3_000  # of validation, to choose checks on: some fifty posteriors are computed
 VALIDATION_IMAGES = 20_000
-EXIT_IMAGES = 30_000
 TIMED_BATCH = 8  # images of the run in which a check is timed
-HAIR = 1e-4  # of progress, below which rounding is not to hide a step
+COST_NAME = "check_cost.json"
 EVEN_CHECKS = (0.15, 0.3, 0.45, 0.6, 0.8)  # of a scorer that was never calibrated on a pipeline
-Rule = str  # a name in ``rules.candidates``, "economic", or "auto"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """The one setting of the validation and calibration trajectories."""
-
-    scheduler: str | None
-    num_inference_steps: int | None  # as asked for
-    guidance_scale: float | None
-    num_steps: int  # denoiser calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,160 +89,6 @@ class Parts:
         return assemble(**named, exit_head=exit_head, check_progress=check_progress)
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """What came out for a pipeline."""
-
-    default: str
-    checks: tuple[int, ...]  # columns of the data
-    check_progress: tuple[float, ...]
-    check_cost: float
-    candidates: dict[str, Candidate]
-    thresholds: dict[str, ThresholdConfig]  # of the rules that could be certified
-    costs: dict[str, float]  # per clean image, on validation, at max_risk of its clean images aborted
-    price: float
-
-    def record(self, bad_rate: float) -> dict[str, Any]:
-        """All of it as JSON values."""
-        return {
-            "default": self.default,
-            "check_progress": list(self.check_progress),
-            "check_cost": self.check_cost,
-            "price": self.price,
-            "bad_rate": bad_rate,
-            "validation_cost": self.costs,
-            "rules": {name: to_dict(rule) for name, rule in self.thresholds.items()},
-        }
-
-
-def sampling_of(*splits: EmbeddedRows) -> Sampling:
-    """The setting in which all images of these splits were sampled.
-
-    Raises:
-        InputError: If there are several, or they were not sampled by a pipeline.
-    """
-    found = set()
-    for data in splits:
-        for path in complete_shards(data.folder):
-            table = pq.read_table(path, columns=["setting", "num_steps"])
-            found |= set(zip(table["setting"].to_pylist(), table["num_steps"].to_pylist(), strict=True))
-    settings = {(text, steps) for text, steps in found}
-    if len(settings) != 1:
-        told = "; ".join(f"{text or 'unknown'} with {steps} denoiser calls" for text, steps in sorted(settings)[:4])
-        raise InputError(
-            f"a threshold is certified for one setting, got {len(settings)}: {told}. Validation and calibration must be trajectories "
-            "of one setting: training.own.collect makes them so"
-        )
-    ((text, steps),) = settings
-    setting = json.loads(text) if text else {}
-    names = ("scheduler", "num_inference_steps", "guidance_scale")
-    return Sampling(**{name: setting.get(name) for name in names}, num_steps=steps)
-
-
-def require_trained_levels(data: HeadData, facts: HeadFacts, name: str) -> None:
-    """Refuse checks at noise levels that the heads have never seen.
-
-    Raises:
-        InputError: Naming the levels.
-    """
-    low, high = facts.space.log_snr_range
-    levels = data.take(torch.arange(min(len(data), 512))).log_snr.flatten()
-    levels = levels[levels.isfinite()].unique()
-    bands = len(facts.rows_per_band)
-    place = ((levels - low) / (high - low) * bands).floor().long().clamp(0, bands - 1)
-    unseen = torch.tensor(facts.rows_per_band)[place] == 0
-    far = (levels < low - (high - low) / bands) | (levels > high + (high - low) / bands)
-    if (unseen | far).any():
-        told = ", ".join(f"{value:.2f}" for value in levels[unseen | far][:6].tolist())
-        raise InputError(
-            f"{name} has checks at log-SNR {told}, where the heads were trained on nothing: they know {low:.2f} to {high:.2f}, with "
-            f"{list(facts.rows_per_band)} checks in bands of equal width; train on the noise levels of the pipeline"
-        )
-
-
-def check_progress_of(data: HeadData, checks: Sequence[int], log_snr_range: tuple[float, float]) -> tuple[float, ...]:
-    """Where in progress these columns lie, a hair below so that rounding cannot skip a step; the last is left out."""
-    log_snr = data.take(torch.arange(1)).log_snr[0]
-    places = [progress(log_snr[c].item(), log_snr_range) for c in checks if c < data.checks - 1]
-    return tuple(round(max(place - HAIR, 0.0), 6) for place in places)
-
-
-def calibrate_for(
-    parts: Parts,
-    train: HeadData,
-    validation: HeadData,
-    held_out: HeadData,
-    sampling: Sampling,
-    check_cost: float,
-    promise: Promise,
-    *,
-    rule: Rule = "auto",
-    prompt_mix: str | None = None,
-    exit_steps: int = ExitRecipe.steps,
-) -> Calibrated:
-    """Checks, rules and certified thresholds for one setting of a pipeline.
-
-    Args:
-        train: Labelled; for the exit heads.
-        validation: Labelled, of the setting; everything is chosen on it.
-        held_out: Labelled, of the setting; thresholds come from it.
-        rule: "auto": the cheapest on validation.
-    Raises:
-        CalibrationError: If there are too few images or prompts; it says how many are needed.
-    """
-    heads, calibration, most = parts.heads, parts.calibration, promise.max_risk
-    whole = tuple(range(validation.checks))
-    few = at_most(validation, CHOOSING_IMAGES, seed=0)
-    checks = rules.choose_checks(
-        heads, calibration, few, rules.run_of(few, whole, sampling.num_steps, check_cost), most
-    )
-    columns = torch.tensor(checks)
-    log.info("checks after %s of the steps", _shares(validation, checks))
-
-    learning = exit_data(heads, calibration, at_most(train, EXIT_IMAGES, seed=0), columns)
-    price = 1 / max(1 - train.label.mean().item(), 0.01)
-    tuning, run = (
-        exit_data(heads, calibration, validation, columns),
-        rules.run_of(validation, checks, sampling.num_steps, check_cost),
-    )
-    tried = rules.candidates(price, learning, steps=exit_steps)
-    tried.append(rules.economic_candidate(tried[0].exit_head, tuning, run, most))
-    best = rules.best_of_each(tried, tuning, run, most)
-    costs = {name: value for name, (_, value) in best.items()}
-    default = rules.choose_default(best, tuning, run, most) if rule == "auto" else rule
-    log.info("cost per clean image on validation: %s", "  ".join(f"{k} {v:+.2%}" for k, v in costs.items()))
-
-    last = exit_data(heads, calibration, held_out, columns)
-    final = rules.run_of(held_out, checks, sampling.num_steps, check_cost)
-    setting = {
-        "scheduler": sampling.scheduler,
-        "num_inference_steps": sampling.num_inference_steps or sampling.num_steps,
-        "guidance_scale": sampling.guidance_scale,
-        "prompt_mix": prompt_mix,
-    }
-    thresholds = {}
-    for name, (candidate, _) in best.items():
-        floor = rules.floor_of(run, rules.paths_of(candidate, tuning), most)
-        try:
-            thresholds[name], _ = rules.certified(
-                candidate, floor, last, held_out.prompt_id.numpy(), final, promise, **setting
-            )
-        except CalibrationError as error:
-            if name == default:
-                raise CalibrationError(f"{_promise_hint(error, promise, held_out)}") from error
-            log.info("the rule %s is left out: %s", name, error)
-    return Calibrated(
-        default=default,
-        checks=checks,
-        check_progress=check_progress_of(validation, checks, heads.space.log_snr_range),
-        check_cost=check_cost,
-        candidates={name: candidate for name, (candidate, _) in best.items()},
-        thresholds=thresholds,
-        costs=costs,
-        price=price,
-    )
-
-
 def write(parts: Parts, found: Calibrated, bad_rate: float, out: Path) -> None:
     """The scorer with its threshold, and every rule beside it."""
     for name in found.thresholds:
@@ -267,26 +101,11 @@ def write(parts: Parts, found: Calibrated, bad_rate: float, out: Path) -> None:
 
 def without_threshold(parts: Parts, train: HeadData, out: Path, exit_steps: int = ExitRecipe.steps) -> None:
     """The scorer of images that no pipeline has made: it records, at checks spread evenly, and decides nothing."""
-    data = at_most(train, EXIT_IMAGES, seed=0)
-    learning = exit_data(parts.heads, parts.calibration, data, torch.arange(data.checks))
+    every = tuple(range(train.checks))
+    learning = exit_training_data(parts.heads, parts.calibration, train, torch.tensor(every), every)
     price = 1 / max(1 - train.label.mean().item(), 0.01)
     head = train_exit(ExitRecipe(name="economic", price=price, steps=exit_steps), learning)
     parts.scorer(head, EVEN_CHECKS).save_pretrained(out)
-
-
-def _shares(data: HeadData, checks: Sequence[int]) -> str:
-    spent = data.take(torch.arange(1)).spent[0, list(checks)]
-    return ", ".join(f"{share:.0%}" for share in spent.tolist())
-
-
-def _promise_hint(error: CalibrationError, promise: Promise, held_out: HeadData) -> str:
-    prompts = len(held_out.prompt_id.unique())
-    hint = (
-        ". Where the prompt of every image was drawn on its own, --unit image counts images"
-        if promise.unit == "prompt"
-        else ""
-    )
-    return f"{error}: {len(held_out)} images of {prompts} prompts are there to calibrate on{hint}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -336,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> str:
+    promise = Promise(max_risk=args.max_risk, confidence=args.confidence, unit=args.unit)
     heads, facts = read_heads(args.heads)
     names = ("train", "validation") if args.pipeline is None else ("train", "validation", "calibration")
     rows = {name: EmbeddedRows(args.embedded / name) for name in names}
@@ -348,6 +168,7 @@ def _run(args: argparse.Namespace) -> str:
     embedder, preview = load_embedder(args.embedder, args.pretrained)
     preview = preview if args.preview is None and preview is not None else _preview(args.preview)
     _require_embedder(facts, embedder, preview)
+    sampling = None if args.pipeline is None else sampling_of(rows["validation"], rows["calibration"])
     pipe, call = _pipeline(args)
     validation = at_most(data["validation"], VALIDATION_IMAGES, seed=0)
     parts = Parts(
@@ -366,20 +187,18 @@ def _run(args: argparse.Namespace) -> str:
             "log_snr_range": list(facts.space.log_snr_range),
         },
     )
-    if pipe is None:
+    if sampling is None:
         without_threshold(parts, data["train"], args.out, args.exit_steps)
         return (
             f"{args.out}: no threshold, since no pipeline was given: the scorer only records. Collect trajectories of a "
             "pipeline, embed them, and calibrate with --pipeline"
         )
-    sampling = sampling_of(rows["validation"], rows["calibration"])
     cost = args.check_cost
     if cost is None:
-        cost = _measured_cost(parts, pipe, call, sampling, rows["validation"])
-        log.info("one check costs %.4f of a step's denoiser calls", cost)
-    promise = Promise(max_risk=args.max_risk, confidence=args.confidence, unit=args.unit)
+        cost = _measured_cost(args.out / COST_NAME, parts, pipe, call, sampling, rows["validation"])
     found = calibrate_for(
-        parts,
+        parts.heads,
+        parts.calibration,
         data["train"],
         validation,
         data["calibration"],
@@ -419,8 +238,6 @@ def _preview(name: str | None) -> nn.Module:
 
 
 def _require_embedder(facts: HeadFacts, embedder: ClipEmbedder, preview: nn.Module) -> None:
-    from moe_artifacts.embedder import state_sha256
-
     found = {"embedder": embedder.weights_sha256(), "preview": state_sha256(preview.state_dict())}
     for name, sha256 in found.items():
         expected = getattr(facts, f"{name}_sha256")
@@ -454,14 +271,22 @@ def _latent_space(args: argparse.Namespace, pipe: Any, preview: nn.Module) -> La
     return space
 
 
-def _measured_cost(parts: Parts, pipe: Any, call: dict[str, Any], sampling: Sampling, data: EmbeddedRows) -> float:
-    prompts = pq.read_table(complete_shards(data.folder)[0], columns=["prompt"])["prompt"].to_pylist()
-    prompts = (prompts * TIMED_BATCH)[:TIMED_BATCH]
-    asked = {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
-    arguments = call | {name: value for name, value in asked.items() if value is not None}
-    untrained = ExitHead(ExitHeadConfig(state_dim=parts.heads.experts.config.hidden_dim))
-    scorer = parts.scorer(untrained, EVEN_CHECKS).to(pipe._execution_device)
-    return measure_check_cost(pipe, scorer, prompts, arguments)
+def _measured_cost(
+    path: Path, parts: Parts, pipe: Any, call: dict[str, Any], sampling: Sampling, data: EmbeddedRows
+) -> float:
+    """Measured once: a run that was killed goes on with the same number, and comes to the same scorer."""
+    if path.exists():
+        cost = float(read_json(path)["check_cost"])
+    else:
+        prompts = pq.read_table(complete_shards(data.folder)[0], columns=["prompt"])["prompt"].to_pylist()
+        asked = {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
+        arguments = call | {name: value for name, value in asked.items() if value is not None}
+        untrained = ExitHead(ExitHeadConfig(state_dim=parts.heads.experts.config.hidden_dim))
+        scorer = parts.scorer(untrained, EVEN_CHECKS).to(pipe._execution_device)
+        cost = measure_check_cost(pipe, scorer, (prompts * TIMED_BATCH)[:TIMED_BATCH], arguments)
+        write_json(path, {"check_cost": cost})
+    log.info("one check costs %.4f of a step's denoiser calls (%s)", cost, path)
+    return cost
 
 
 if __name__ == "__main__":

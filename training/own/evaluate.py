@@ -1,13 +1,14 @@
 """What a scorer is worth on trajectories that took no part in its making.
 
-``python -m training.own.evaluate SCORER TRAJECTORIES/test [--against NAME]`` scores recorded trajectories of one setting at the steps
-that the guard would score, and writes three tables (DESIGN.md, section 5, has their columns):
+``python -m training.own.evaluate SCORER TRAJECTORIES/test [--against NAME]`` scores recorded trajectories of one setting, and writes three
+tables (DESIGN.md, section 5, has their columns):
 
-    quality    each check: AUROC within prompts, pooled, and of the prompt alone (the share of bad images in the other half of the
-               prompt's images, where it has several); calibration error; Brier score
+    quality    at each step that the guard would score, or at ``--shares`` of the steps: AUROC within prompts, pooled, and of the
+               prompt alone (the share of bad images in the other half of the prompt's images, where it has several);
+               calibration error; Brier score
     rules      each rule that was calibrated: what it finds, wrongly aborts, saves and costs, at its certified threshold (deployed)
                and at the one with as many false aborts on these very images as were promised at most (matched)
-    against    AUROC less that of another scorer, at the checks nearest to each other, on the same images
+    against    AUROC less that of another scorer, which looks at the same steps of the same images
 
 Intervals are over prompts where images share them, else over images.
 """
@@ -28,8 +29,8 @@ from torch import Tensor
 
 from benchmarks.results import write_results
 from moe_artifacts.accumulator import ExitHead
-from moe_artifacts.checkpoint import load_state_strict, read_weights
-from moe_artifacts.config import ThresholdConfig, from_dict
+from moe_artifacts.checkpoint import CONFIG_NAME, find_checkpoint, load_state_strict, read_config, read_weights
+from moe_artifacts.config import ScorerConfig, ThresholdConfig, from_dict
 from moe_artifacts.errors import InputError, MoeArtifactsError
 from moe_artifacts.files import read_json
 from moe_artifacts.noise import check_steps
@@ -41,7 +42,7 @@ from training import figures
 from training.clip_towers import load_preview
 from training.figures import Row
 from training.head_data import is_bad
-from training.metrics import Resample, auroc, auroc_within, over_groups, over_images
+from training.metrics import Measure, Resample, auroc, auroc_within, over_groups, over_images
 from training.scored import Scored, score_parts
 
 AT_ONCE = 64  # images
@@ -66,23 +67,26 @@ class TestSet:
     def used(self) -> Tensor:
         return ~self.label.isnan()
 
-    def columns(self, scorer: ArtifactScorer) -> list[int]:
-        """The recorded steps at which the guard would score."""
+    def guarded(self, scorer: ArtifactScorer) -> list[int]:
+        """Columns of the recorded steps at which the guard would score."""
         levels: Any = [SimpleNamespace(log_snr=value, half_step=False) for value in self.log_snr]
         return check_steps(levels, scorer.config)
 
-    def score(self, scorer: ArtifactScorer) -> Scored:
-        """The labelled images, scored.
+    def nearest(self, shares: Sequence[float]) -> list[int]:
+        """Columns of the recorded steps nearest to these shares of the steps."""
+        done = (np.array(self.step) + 1) / self.num_steps
+        return sorted({int(np.abs(done - share).argmin()) for share in shares})
+
+    def score(self, scorer: ArtifactScorer, columns: Sequence[int]) -> Scored:
+        """The labelled images, scored at these columns and no others.
 
         Raises:
             LatentSpaceError: If the scorer was trained on other latents.
         """
-        columns = self.columns(scorer)
         calls = np.array([self.step[c] + 1 for c in columns])
         used = self.used
-        return score_parts(
-            scorer, self._parts(columns), calls, self.num_steps, self.label[used], self.prompt[used.numpy()]
-        )
+        parts = self._parts(list(columns))
+        return score_parts(scorer, parts, calls, self.num_steps, self.label[used], self.prompt[used.numpy()])
 
     def _parts(self, columns: list[int]) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         for part in iter_trajectories(self.path, AT_ONCE):
@@ -141,7 +145,9 @@ def read_calibration(name: str, scorer: ArtifactScorer, check_cost: float, bad_r
     path = Path(name) / "rules" / "rules.json"
     if not path.exists():
         own = scorer.config.threshold
-        return Calibration(check_cost, bad_rate, {} if own is None else {own.rule: (own, None)}, own and own.rule)
+        if own is None:
+            return Calibration(check_cost, bad_rate, {}, None)
+        return Calibration(check_cost, bad_rate, {own.rule: (own, None)}, own.rule)
     values = read_json(path)
     found: dict[str, tuple[ThresholdConfig, ExitHead | None]] = {}
     for rule, stored in values["rules"].items():
@@ -153,58 +159,67 @@ def read_calibration(name: str, scorer: ArtifactScorer, check_cost: float, bad_r
 
 
 def evaluate(
-    name: str, scorer: ArtifactScorer, test: TestSet, *, check_cost: float | None = None
+    name: str,
+    scorer: ArtifactScorer,
+    test: TestSet,
+    columns: Sequence[int],
+    check_cost: float | None = None,
+    default_cost: float = 0.0,
 ) -> tuple[list[Row], Scored]:
-    """The tables quality and rules of one scorer.
+    """The tables quality and rules of one scorer, and the scores behind the first.
 
     Args:
-        check_cost: Of one image, in its denoiser calls; None: as it was calibrated, or 0.
+        columns: Recorded steps, for the table quality.
+        check_cost: Of one image, in its denoiser calls; None: as it was calibrated, or else ``default_cost``.
     """
-    scored = test.score(scorer)
-    resample, prompt = _resampling(scored.prompt)
-    base_rate = float(scored.label.mean())
-    known = read_calibration(name, scorer, check_cost or 0.0, base_rate)
+    seen, guarded = test.score(scorer, columns), test.guarded(scorer)
+    resample, prompt = _resampling(seen.prompt)
+    known = read_calibration(name, scorer, default_cost, float(seen.label.mean()))
     cost = known.check_cost if check_cost is None else check_cost
-    by_prompt = figures.halves_rate(scored.label.numpy(), scored.prompt)
-    rows = figures.quality(scored, range(len(scored.calls)), known.bad_rate, by_prompt, resample)
-    run = scored.run(cost)
+    by_prompt = figures.halves_rate(seen.label.numpy(), seen.prompt)
+    rows = figures.quality(seen, range(len(columns)), known.bad_rate, by_prompt, resample)
+
+    decided = seen if guarded == list(columns) else test.score(scorer, guarded)
+    run = decided.run(cost)
     ideal = perfect(run, 0)
+    found: list[Row] = []
     for rule, (config, head) in known.rules.items():
-        paths = scored.paths(config, head)
-        limit = config.max_risk or DEFAULT_RISK
-        for setting, threshold in (
-            ("deployed", config.threshold),
-            ("matched", matched_threshold(run, paths.statistic, limit, paths.clear)),
-        ):
+        paths = decided.paths(config, head)
+        matched = matched_threshold(run, paths.statistic, config.max_risk or DEFAULT_RISK, paths.clear)
+        for setting, threshold in (("deployed", config.threshold), ("matched", matched)):
             row = figures.rule_row(rule, run, paths, threshold, setting, prompt, resample)
-            rows.append({**row, "default": rule == known.default})
-    rows.append({"table": "rules", "rule": "perfect", "setting": "matched", **ideal.row()})
-    for row in rows:
-        if row["table"] == "rules":
-            row["check_cost"], row["perfect_cost_per_clean"] = cost, ideal.cost_per_clean
-    return [{"table": row.pop("table"), "scorer": name, **row} for row in rows], scored
+            found.append({**row, "default": rule == known.default})
+    found.append({"table": "rules", "rule": "perfect", "setting": "matched", **ideal.row()})
+    for row in found:
+        row |= {"perfect_cost_per_clean": ideal.cost_per_clean, "check_cost": cost}
+    return [{"table": row["table"], "scorer": name} | row for row in rows + found], seen
 
 
 def against(name: str, ours: Scored, other_name: str, theirs: Scored) -> list[Row]:
-    """AUROC of one scorer less that of another, paired over the same images."""
+    """AUROC of one scorer less that of another, paired over the same images and steps."""
     resample, _ = _resampling(ours.prompt)
-    bad, rows = ours.bad, []
-    for column, calls in enumerate(ours.calls):
-        near = int(np.abs(theirs.calls - calls).argmin())
-        first, second = ours.prob[:, column].numpy(), theirs.prob[:, near].numpy()
-        measures = {
-            "minus_auroc_within": lambda i, group, a=first, b=second: (
-                auroc_within(a[i], bad[i], group) - auroc_within(b[i], bad[i], group)
+    bad = ours.bad
+
+    def measures_of(first: np.ndarray, second: np.ndarray) -> dict[str, Measure]:
+        return {
+            "minus_auroc_within": lambda i, group: (
+                auroc_within(first[i], bad[i], group) - auroc_within(second[i], bad[i], group)
             ),
-            "minus_auroc_pooled": lambda i, group, a=first, b=second: auroc(a[i], bad[i]) - auroc(b[i], bad[i]),
+            "minus_auroc_pooled": lambda i, group: auroc(first[i], bad[i]) - auroc(second[i], bad[i]),
         }
-        row: Row = {"table": "against", "scorer": name, "against": other_name, "share": float(calls / ours.total_calls)}
-        row["share_against"] = float(theirs.calls[near] / theirs.total_calls)
-        for measure_name, measure in measures.items():
-            row[measure_name] = measure(np.arange(len(bad)), ours.prompt)
-            row[f"{measure_name}_low"], row[f"{measure_name}_high"] = resample(measure, ours.prompt)
-        rows.append(row)
-    return rows
+
+    return [
+        {
+            "table": "against",
+            "scorer": name,
+            "against": other_name,
+            "share": float(calls / ours.total_calls),
+            **figures.with_intervals(
+                measures_of(ours.prob[:, column].numpy(), theirs.prob[:, column].numpy()), ours.prompt, resample
+            ),
+        }
+        for column, calls in enumerate(ours.calls)
+    ]
 
 
 def _resampling(prompt: np.ndarray) -> tuple[Resample, np.ndarray | None]:
@@ -220,16 +235,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--against", metavar="NAME", help="another scorer for the same latents: a folder, or a bundled name"
     )
+    parser.add_argument(
+        "--shares", help="of the steps, separated by commas, for the AUROC (where the guard would score)"
+    )
     parser.add_argument("--preview", help="where a scorer uses an autoencoder: its folder or Hub id")
     parser.add_argument("--check-cost", type=float, help="of one image, in its denoiser calls (as calibrated)")
     parser.add_argument("--out", type=Path, help="result file (evaluation.json in the folder of the scorer)")
     args = parser.parse_args(arguments)
     try:
         test = read_test_set(args.trajectories)
-        rows, ours = evaluate(args.scorer, _load(args.scorer, args.preview), test, check_cost=args.check_cost)
+        scorer = _load(args.scorer, args.preview)
+        columns = test.guarded(scorer) if args.shares is None else test.nearest(_shares(args.shares))
+        rows, ours = evaluate(args.scorer, scorer, test, columns, args.check_cost)
         if args.against is not None:
-            cost = args.check_cost if args.check_cost is not None else _cost_of(rows)
-            more, theirs = evaluate(args.against, _load(args.against, args.preview), test, check_cost=cost)
+            ours_cost = next(row["check_cost"] for row in rows if row["table"] == "rules")
+            other = _load(args.against, args.preview)
+            more, theirs = evaluate(args.against, other, test, columns, args.check_cost, ours_cost)
             rows += more + against(args.scorer, ours, args.against, theirs)
         if left_out := int((~test.used).sum()):
             print(f"{left_out} images without a label left out")
@@ -245,9 +266,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _load(name: str, preview: str | None) -> ArtifactScorer:
     """A scorer; with the autoencoder that it needs for its previews, where it does."""
-    from moe_artifacts.checkpoint import CONFIG_NAME, find_checkpoint, read_config
-    from moe_artifacts.config import ScorerConfig
-
     config = read_config(find_checkpoint(name, local_files_only=True) / CONFIG_NAME, ScorerConfig)
     if config.preview.kind == "linear":
         return ArtifactScorer.from_pretrained(name, local_files_only=True)
@@ -256,8 +274,14 @@ def _load(name: str, preview: str | None) -> ArtifactScorer:
     return ArtifactScorer.from_pretrained(name, preview=load_preview(preview, "latents"), local_files_only=True)
 
 
-def _cost_of(rows: list[Row]) -> float:
-    return float(next(row["check_cost"] for row in rows if row["table"] == "rules"))
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"shares must be numbers separated by commas such as 0.15,0.35,1, got {text!r}") from error
+    if not all(0 < share <= 1 for share in shares):
+        raise InputError(f"shares must be above 0 and at most 1, got {text!r}")
+    return shares
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from training.own.heads_folder import FACTS_NAME, WEIGHTS_NAME, HeadFacts, meta_
 from training.posterior import train_posterior
 from training.workspace import open_tracker
 
-RECIPE = HeadRecipe(name="heads", steps=2_000, rare_weight=20.0, patience=6)
+RECIPE = HeadRecipe(name="heads", steps=2_000, patience=6)
 VALIDATION_IMAGES = 10_000  # more would change little, and are looked at again and again
 
 log = logging.getLogger(__name__)
@@ -144,9 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        recipe = HeadRecipe(
-            **{field.name: getattr(args, field.name, RECIPE.name) for field in dataclasses.fields(HeadRecipe)}
-        )
+        chosen = {name: value for name, value in vars(args).items() if name in vars(RECIPE)}
+        recipe = dataclasses.replace(RECIPE, **chosen)
         facts = train(
             args.embedded,
             args.out,
