@@ -182,7 +182,8 @@ def matched_threshold(
     values = last_statistic(run, statistic, clear)[~run.bad]
     place = len(values) - 1 - int(np.floor(false_abort_rate * len(values)))
     order_statistic = np.partition(values, place)[place]
-    return float(np.nextafter(order_statistic, np.float32(np.inf)))
+    # Not a subnormal number above 0: with denormals flushed, as training does, it would be 0 and abort everything.
+    return float(max(np.nextafter(order_statistic, np.float32(np.inf)), np.finfo(np.float32).tiny))
 
 
 def cheapest_threshold(
