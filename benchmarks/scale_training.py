@@ -58,7 +58,7 @@ LEVELS = 10  # rows a picture
 PICTURES_PER_SHARD = 1_000
 VALIDATION_PICTURES = 500
 PASSES = 8  # over the rows, in training
-BACKBONE_BATCHES = 4  # forward passes of the tower alone after each shard
+BACKBONE_BATCHES = 10  # forward passes of the tower alone before each shard, and as many after it
 
 
 class HalvedFashion:
@@ -137,9 +137,10 @@ def embed(folder: Path, pictures: int, batch: int) -> Row:
     def shard(number: int) -> ShardRows:
         """By turns, so that a machine that slows down slows both."""
         nonlocal passes
+        backbone(BACKBONE_BATCHES)
         rows = jobs["train"].shard(number)
         backbone(BACKBONE_BATCHES)
-        passes += BACKBONE_BATCHES
+        passes += 2 * BACKBONE_BATCHES
         return rows
 
     result = timed(dataclasses.replace(jobs["train"], shard=shard), per_row=LEVELS, elsewhere=lambda: alone)

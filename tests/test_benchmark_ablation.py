@@ -363,7 +363,7 @@ def test_a_killed_run_goes_on_where_it_was(work: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(heads, "equal_single_width", lambda recipe, space: recipe.hidden_dim)  # which takes a second
     monkeypatch.setattr(ablation, "WISHES", tuple(dict.fromkeys(v.wish for v in FEW)))
     out = work / "table.json"
-    arguments = ["--quick", "--seeds", "0", "--out", str(out)]
+    arguments = ["--quick", "--out", str(out)]
     made: list[Design] = []
     measure = Bench._measure
 

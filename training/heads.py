@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ def head_configs(recipe: HeadRecipe, space: HeadSpace) -> tuple[GateConfig, Expe
     return gate, experts
 
 
+@functools.lru_cache
 def equal_single_width(recipe: HeadRecipe, space: HeadSpace) -> int:
     """Hidden width at which a single head has as many parameters as the mixture of ``recipe``."""
 

@@ -79,13 +79,14 @@ def kept(inputs: Inputs, seeds: Sequence[int]) -> dict[tuple[str, int], Result]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=WISHES, action="append", help="make these wishes; can be given several times")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", help="separated by commas (0,1,2; with --quick 0)")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--prepare", action="store_true", help="make what the seeds share, and no table")
     parser.add_argument("--out", type=Path, help="file to write")
     args = parser.parse_args(arguments)
     inputs = Inputs(QUICK if args.quick else FULL)
-    designs, seeds = designs_of(args.only or WISHES), [int(seed) for seed in args.seeds.split(",")]
+    designs = designs_of(args.only or WISHES)
+    seeds = [int(seed) for seed in (args.seeds or ("0" if args.quick else "0,1,2")).split(",")]
     stage = Stage(inputs.scale.folder, tracker="none")
     start = time.perf_counter()
     prepare(inputs, designs)

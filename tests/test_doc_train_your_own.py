@@ -1,0 +1,120 @@
+"""docs/train-your-own.md runs from top to bottom, on the bundled pipeline and on a small DiffusionDB, at a small size."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusiondb_fixture import write_diffusiondb
+
+from moe_artifacts import ArtifactGuard, ArtifactScorer, bundled_pipeline
+from moe_artifacts.bundled import FOLDER
+from moe_artifacts.label.images import find_images
+from moe_artifacts.label.table import ARTIFACT, CLEAN, Table, table_path
+from moe_artifacts.preview import VaePreview
+from training.clip import MODEL_CONFIG
+from training.data.prompts import prompts_of
+
+ROOT = Path(__file__).parents[1]
+DOC = (ROOT / "docs" / "train-your-own.md").read_text(encoding="utf-8")
+TUNE = "--noise-steps 4 --classify-steps 8 --batch 64 --micro-batch 32 --classify-batch 64 --probe-rows 200"
+
+
+def blocks(heading: str) -> list[tuple[str, str]]:
+    """The kind and text of each block under a heading."""
+    section = next(part for part in DOC.split("\n## ") if part.startswith(heading))
+    return re.findall(r"```(sh|python)\n(.*?)```", section, re.DOTALL)
+
+
+def names_of(block: str) -> list[str]:
+    return re.findall(r"^([A-Z]+)=", block, re.MULTILINE)
+
+
+def run(script: str, folder: Path, values: dict[str, str]) -> str:
+    """Run shell lines with variables of the test's own."""
+    program = Path(sys.executable).parent
+    environment = {**os.environ, **values, "PYTHONPATH": str(ROOT), "MOE_ARTIFACTS_TRACKER": "none"}
+    environment["PATH"] = f"{program}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def say(folder: Path) -> None:
+    """Verdicts as a person would give them, every third image broken."""
+    images = find_images(folder)
+    table = Table(table_path(folder), images)
+    for number, image in enumerate(images):
+        table.put(image, ARTIFACT if number % 3 == 0 else CLEAN)
+
+
+@pytest.mark.slow
+def test_the_road_from_a_pipeline(tmp_path: Path) -> None:
+    prompts = [prompt for label in range(10) for prompt in prompts_of(label, "all")]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    (tmp_path / "model.json").write_text(json.dumps(MODEL_CONFIG), encoding="utf-8")
+    values = {
+        "PIPELINE": "fashion",
+        "PROMPTS": "prompts.txt",
+        "WORK": "work",
+        "COUNT": "train=120,validation=60,calibration=400,test=60",
+        "SETTINGS": "ddim:8,dpm:6",
+        "RUN": "--batch 40",
+        "MODEL": "model.json",
+        "TUNE": TUNE,
+        "SIZE": "32",
+    }
+    (_, variables), *rest = blocks("From trajectories of the pipeline")
+    assert names_of(variables) == list(values)
+    scripts = [text for kind, text in rest if kind == "sh"]
+    assert len(scripts) == 5
+    for script in scripts:
+        script = script.replace("--vae $PIPELINE", f"--vae {FOLDER / 'fashion' / 'pipeline'}")
+        if "moe-artifacts label" in script:  # what a person does at the terminal
+            script = re.sub(r"^moe-artifacts label .*\n", "", script)
+            say(tmp_path / "work" / "trajectories" / "unlabelled")
+        out = run(script, tmp_path, values)
+    assert "false aborts" in out  # of moe-artifacts inspect, the last command
+    scorer = ArtifactScorer.from_pretrained(tmp_path / "work" / "scorer")
+    assert scorer.config.threshold is not None and scorer.config.threshold.max_risk == 0.05
+
+    [(_, guard)] = [block for block in rest if block[0] == "python"]
+    code = re.sub(r"^pipe = .*$", "", guard, flags=re.MULTILINE).replace("steps=30, guidance_scale=7.5", "steps=8")
+    pipe, _ = bundled_pipeline("fashion")
+    names = {"WORK": str(tmp_path / "work"), "pipe": pipe}
+    exec(compile(code, "train-your-own.md", "exec"), names)
+    assert len(names["out"].verdicts) == 4
+
+
+@pytest.mark.slow
+def test_the_road_from_rated_images(tmp_path: Path) -> None:
+    """Every filter finds what was planted for it, and a scorer comes out that loads and says that it only records."""
+    db = write_diffusiondb(tmp_path / "db", images=400, size=32)
+    (tmp_path / "model.json").write_text(json.dumps(MODEL_CONFIG), encoding="utf-8")
+    values = {
+        "METADATA": str(db.metadata),
+        "RATINGS": str(db.ratings),
+        "PARTS": str(db.parts),
+        "VAE": str(FOLDER / "fashion" / "pipeline"),
+        "RATED": "rated",
+        "NOISE": "--schedulers ddim:20,euler:12 --levels-per-image 4 --size 32",
+        "MODEL": "model.json",
+        "TUNE": TUNE,
+    }
+    (_, variables), (_, script) = blocks("From rated images")
+    assert names_of(variables) == list(values)
+    printed = run(script, tmp_path, values)
+    for fault in {fault for fault in db.faults if fault is not None and not fault.startswith("picture")}:
+        assert fault in printed
+    pipe, _ = bundled_pipeline("fashion")
+    scorer = ArtifactScorer.from_pretrained(tmp_path / "rated" / "scorer", preview=VaePreview(pipe.vae))
+    assert scorer.config.threshold is None
+    out = ArtifactGuard(scorer, on_abort="record")(pipe, ["a coat"], num_inference_steps=4, guidance_scale=1.0)
+    assert out.trajectory.scores["artifact_prob"].isfinite().all()
