@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from moe_artifacts.errors import InputError, LatentSpaceError
-from training import row_jobs
+from training import ray_jobs, row_jobs
+from training.ray_jobs import run_on_ray
 from training.row_jobs import (
     RowJob,
     ShardRows,
@@ -27,7 +28,6 @@ from training.row_jobs import (
     read_ahead,
     run_as_asked,
     run_job,
-    run_on_ray,
     shard_files,
 )
 
@@ -241,7 +241,7 @@ def test_the_way_is_chosen_on_the_command_line(tmp_path, monkeypatch):
     run_as_asked(job(tmp_path), options("--shard", "1/3"))
     assert [path.stem for path in shard_files(tmp_path)] == ["000001", "000004"]
     asked = []
-    monkeypatch.setattr(row_jobs, "run_on_ray", lambda *values: asked.append(values[1:]))
+    monkeypatch.setattr(ray_jobs, "run_on_ray", lambda *values: asked.append(values[1:]))
     run_as_asked(job(tmp_path), options("--ray", "--ray-workers", "4", "--ray-cpus", "0.5", "--ray-gpus", "1"))
     assert asked == [(4, 0.5, 1.0)]
     for words in (["--ray-workers", "0"], ["--ray-cpus", "0"], ["--ray-gpus", "-1"]):
@@ -262,7 +262,7 @@ def test_without_ray_the_error_says_what_to_install(tmp_path, monkeypatch):
     [({"CPU": 8.0}, 3, 0, 2), ({"CPU": 8.0, "GPU": 2.0}, 1, 0.5, 4), ({"CPU": 8.0}, 1, 1, 0), ({}, 1, 0, 0)],
 )
 def test_as_many_workers_as_there_is_room_for(resources, cpus, gpus, room):
-    assert row_jobs._room(resources, cpus, gpus) == room
+    assert ray_jobs._room(resources, cpus, gpus) == room
 
 
 # --- Ray

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,9 +27,9 @@ from training import rules
 from training.assembly import assemble
 from training.clip import NUM_CLASSES, PreviewClip, train_clip
 from training.collect import DEFAULT, RECORD_SHARES, check_progress, load_pipeline
-from training.exit_head import exit_data
+from training.exit_head import ExitData, exit_data
 from training.heads import Heads
-from training.rules import Candidate, Promise
+from training.rules import Candidate, Paths, Promise
 from training.timing import check_cost
 from training.train import MAIN, Embedded, embed_split, load_heads, train_posterior
 from training.workspace import Stage, work_folder
@@ -73,6 +74,11 @@ def run_of(data: Embedded, checks: tuple[int, ...], cost: float) -> Run:
     return rules.run_of(data, checks, DEFAULT.steps, cost)
 
 
+def out_of_fold(data: ExitData, run: Run, exit_head: ExitHead) -> dict[str, Paths]:
+    """What the economic rule makes of images that its boundary was not fitted to; every image is its own prompt."""
+    return {"economic": rules.economic_out_of_fold(data, run, np.arange(len(run.bad)), exit_head, MAX_RISK)}
+
+
 def calibrate() -> Path:
     """Write ``scorer/`` and ``rules/``: each rule's certified threshold and the exit head it reads."""
     stage = Stage("calibrate", tracker="none")
@@ -94,14 +100,15 @@ def calibrate() -> Path:
         tried = rules.candidates(price, exit_data(heads, calibration, train, columns))
         tuning, run = exit_data(heads, calibration, validation, columns), run_of(validation, checks, cost)
         tried.append(rules.economic_candidate(tried[0].exit_head, tuning, run, MAX_RISK))
-        found[checks] = rules.best_of_each(tried, tuning, run, MAX_RISK)
+        found[checks] = rules.best_of_each(tried, tuning, run, MAX_RISK, out_of_fold(tuning, run, tried[0].exit_head))
         stage.log.info("checks %s: %s", checks, {name: round(value, 4) for name, (_, value) in found[checks].items()})
     cheapest = min(found, key=lambda c: min(value for _, value in found[c].values()))
     best, columns = found[cheapest], torch.tensor(cheapest)
     tuning, tuning_run = exit_data(heads, calibration, validation, columns), run_of(validation, cheapest, cost)
-    default = rules.choose_default(best, tuning, tuning_run, MAX_RISK)
+    judged = out_of_fold(tuning, tuning_run, best["economic"][0].exit_head)
+    default = rules.choose_default(best, tuning, tuning_run, MAX_RISK, judged)
     floors = {
-        name: rules.floor_of(tuning_run, rules.paths_of(candidate, tuning), MAX_RISK)
+        name: rules.floor_of(tuning_run, judged.get(name) or rules.paths_of(candidate, tuning), MAX_RISK)
         for name, (candidate, _) in best.items()
     }
     stage.log.info("checks %s, default rule %s", cheapest, default)

@@ -5,7 +5,7 @@ A job is a description of what is asked for and a function from the number of a 
     job = RowJob(name="embed", folder=out, shards=12, facts={"seed": 0}, shard=function)
     run_job(job)                            a plain loop
     run_job(job, worker=3, workers=8)       one of eight workers, on any machines that share the folder
-    run_on_ray(job)                         Ray Data, on this machine or on the cluster that RAY_ADDRESS names
+    ray_jobs.run_on_ray(job)                Ray Data, on this machine or on the cluster that RAY_ADDRESS names
 
 All three write the same folder, which can be read while workers still write to it:
 
@@ -43,7 +43,6 @@ from training.workspace import progress
 META = "meta.json"
 REJECTS = pa.schema({"key": pa.string(), "reason": pa.string(), "detail": pa.string()})
 GIVE_UP = 3  # shards that fail one after the other: then it is not the shards
-RAY_BLOCKS = 1_000  # at most; results are seen a block at a time
 
 RowT = TypeVar("RowT")
 
@@ -189,80 +188,17 @@ def run_job(job: RowJob, worker: int = 0, workers: int = 1) -> None:
             else:
                 yield number, None
 
-    _watch(job, len(numbers), results())
+    watch(job, len(numbers), results())
 
 
-def run_on_ray(job: RowJob, workers: int | None = None, cpus: float = 1, gpus: float = 0) -> None:
-    """Make the shards that are not there yet on Ray Data, by workers that each hold the function once.
-
-    Every machine of a cluster must see the source and the folder under the same paths.
+def watch(job: RowJob, total: int, results: Iterable[tuple[int, str | None]]) -> None:
+    """Show how far a run is, and once the rest is done raise an error for what failed.
 
     Args:
-        workers: None: as many as the cluster has room for.
-        cpus: Of each worker; torch takes as many threads.
-        gpus: Of each worker; may be a fraction.
+        results: The number of each shard with what failed, or None.
     Raises:
-        InputError: If Ray is not installed, the cluster has no room for a worker, the folder holds another run, or shards
-            could not be read or written.
+        InputError: If shards failed; at once, where several do one after the other.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise InputError("Ray Data is not installed: pip install 'moe-artifacts[scale]'") from error
-    open_folder(job.folder, {**job.facts, "shards": job.shards})
-    numbers = list(missing_shards(job.folder, job.shards))
-    if not numbers:
-        return
-    started = not ray.is_initialized()
-    if started:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
-    try:
-        room = _room(ray.cluster_resources(), cpus, gpus)
-        if room < 1:
-            raise InputError(f"the cluster has no room for a worker of {cpus:g} CPUs and {gpus:g} GPUs")
-        ray.data.DataContext.get_current().enable_progress_bars = False  # there is our own
-        todo = ray.data.from_items(
-            [{"number": number} for number in numbers], override_num_blocks=min(len(numbers), RAY_BLOCKS)
-        )
-        done = todo.map_batches(
-            _RayWorker,
-            fn_constructor_args=(job,),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(workers or room, len(numbers))),
-            num_cpus=cpus,
-            num_gpus=gpus,
-        )
-        _watch(job, len(numbers), ((row["number"], row["error"] or None) for row in done.iter_rows()))
-    finally:
-        if started:
-            ray.shutdown()
-
-
-class _RayWorker:
-    """One process of Ray's. Errors travel as text: an exception would take the whole job down."""
-
-    def __init__(self, job: RowJob) -> None:
-        self.job = job
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        [number] = batch["number"].tolist()
-        error = ""
-        try:
-            write_shard(self.job.folder, number, self.job.shard(number))
-        except (MoeArtifactsError, OSError) as found:
-            error = str(found)
-        return {"number": [number], "error": [error]}
-
-
-def _room(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
-    """How many workers fit into a cluster."""
-    asked = {"CPU": cpus, "GPU": gpus}
-    return int(min((resources.get(name, 0) / amount for name, amount in asked.items() if amount), default=1))
-
-
-def _watch(job: RowJob, total: int, results: Iterable[tuple[int, str | None]]) -> None:
-    """The progress bar, and an error for what failed once the rest is done."""
     failed: list[str] = []
     in_a_row = 0
     with progress(total, 0, job.name) as bar:
@@ -298,6 +234,8 @@ def run_as_asked(job: RowJob, args: argparse.Namespace) -> None:
     """
     if not args.ray:
         return run_job(job, *parse_shard(args.shard))
+    from training.ray_jobs import run_on_ray  # it imports this module
+
     if (args.ray_workers is not None and args.ray_workers < 1) or args.ray_cpus <= 0 or args.ray_gpus < 0:
         raise InputError("ray-workers must be at least 1, ray-cpus positive and ray-gpus not negative")
     return run_on_ray(job, args.ray_workers, args.ray_cpus, args.ray_gpus)
