@@ -73,7 +73,7 @@ class _RayWorker:
         try:
             write_shard(self.job.folder, number, self.job.shard(number))
         except (MoeArtifactsError, OSError) as found:
-            error = str(found)
+            error = str(found) or type(found).__name__
         return {"number": [number], "error": [error]}
 
 
