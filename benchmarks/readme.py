@@ -15,7 +15,8 @@ from benchmarks.tables import Row, interval, markdown, percent, rows_of, three
 from moe_artifacts.files import atomic_path
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "rewards.md", ROOT / "docs" / "ablation.md")
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "rewards.md", DOCS / "ablation.md", DOCS / "decisions" / "0010-the-judge.md")
 
 
 def quality() -> str:
@@ -101,6 +102,28 @@ def guidance() -> str:
     return markdown(header, rows)
 
 
+def judge_features() -> str:
+    """What two judges trained apart agree on, by the features they measure distances in."""
+    header = [
+        "features",
+        "bad",
+        "kappa",
+        "AUROC of a judge's margin for the other's verdicts",
+        "noise called bad, worst class",
+    ]
+    rows = [
+        [
+            row["features"],
+            f"{percent(row['bad_rate'])}, {percent(row['bad_rate_second'])}",
+            three(row["kappa"]),
+            three(row["auroc_within"]),
+            percent(row["noise_bad"]),
+        ]
+        for row in rows_of("judge_features")
+    ]
+    return markdown(header, rows)
+
+
 def savings() -> str:
     """Prices measured in one run for each batch size that was tried."""
     rows = [row for name in ("savings_batch24", "savings", "savings_batch96") for row in rows_of(name)]
@@ -136,7 +159,10 @@ def spread(row: Row) -> str:
 
 
 TABLES = (
-    {table.__name__: table for table in (quality, rules, mixture, transfer, guidance, savings, overhead)}
+    {
+        table.__name__: table
+        for table in (quality, rules, mixture, transfer, guidance, savings, overhead, judge_features)
+    }
     | reward_tables.TABLES
     | ablation_page.TABLES
 )

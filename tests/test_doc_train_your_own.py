@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from diffusiondb_fixture import write_diffusiondb
+from PIL import Image
 
 from moe_artifacts import ArtifactGuard, ArtifactScorer, bundled_pipeline
 from moe_artifacts.bundled import FOLDER
@@ -48,11 +50,12 @@ def run(script: str, folder: Path, values: dict[str, str]) -> str:
 
 
 def say(folder: Path) -> None:
-    """Verdicts as a person would give them, every third image broken."""
+    """Verdicts of somebody who takes dark images for broken: something that so short a training can learn."""
     images = find_images(folder)
+    light = [np.asarray(Image.open(image.path)).mean() for image in images]
     table = Table(table_path(folder), images)
-    for number, image in enumerate(images):
-        table.put(image, ARTIFACT if number % 3 == 0 else CLEAN)
+    for image, mean in zip(images, light, strict=True):
+        table.put(image, ARTIFACT if mean < np.quantile(light, 0.4) else CLEAN)
 
 
 @pytest.mark.slow
