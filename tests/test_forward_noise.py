@@ -504,7 +504,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_command_writes_shards_that_can_be_read_back(data, capsys):
     assert main(arguments(data, "out")) == 0
-    assert "36 rows; pictures rejected: 1 damaged" in capsys.readouterr().out
+    assert "36 rows; rejected: 1 damaged" in capsys.readouterr().out
     shards = shard_files(data / "out")
     assert [path.name for path in shards] == ["000000.parquet", "000001.parquet", "000002.parquet", "000003.parquet"]
     table = pa.concat_tables([pq.read_table(path) for path in shards])

@@ -234,7 +234,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 def options(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_run_options(parser)
-    return parser.parse_args(words)
+    return parser.parse_args([*words, "--out", "folder"])
 
 
 def test_the_way_is_chosen_on_the_command_line(tmp_path, monkeypatch):

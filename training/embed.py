@@ -34,13 +34,13 @@ from moe_artifacts.bundled import FOLDER as BUNDLED
 from moe_artifacts.checkpoint import CONFIG_NAME, load_checkpoint, load_state_strict, read_weights
 from moe_artifacts.config import EmbedderConfig, from_dict
 from moe_artifacts.embedder import ClipEmbedder, state_sha256
-from moe_artifacts.errors import InputError, MoeArtifactsError
+from moe_artifacts.errors import InputError
 from moe_artifacts.files import read_json
 from moe_artifacts.preview import LinearPreview
 from moe_artifacts.shapes import Embedding
 from training.clip_towers import build_embedder, load_preview
 from training.level_images import LevelImage, LevelSource, open_source
-from training.row_jobs import RowJob, ShardRows, add_run_options, count_rows, in_batches, run_as_asked
+from training.row_jobs import RowJob, ShardRows, add_run_options, in_batches, run_command
 
 COLUMNS = pa.schema(
     {
@@ -229,17 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64, help="pictures embedded at once (%(default)s)")
     parser.add_argument("--device", default="cpu")
     add_run_options(parser)
-    parser.add_argument("--out", required=True, type=Path, help="folder of the shards")
     args = parser.parse_args(arguments)
-    try:
-        run_as_asked(embed_job(_FromArguments(args), args.out), args)
-    except (MoeArtifactsError, OSError) as error:  # OSError: a full disk
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    rows, rejects = count_rows(args.out)
-    told = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items())) or "none"
-    print(f"{args.out}: {rows:,} images; rejected: {told}")
-    return 0
+    return run_command(lambda: embed_job(_FromArguments(args), args.out), args, "images")
 
 
 if __name__ == "__main__":

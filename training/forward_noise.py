@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from moe_artifacts.config import LatentSpaceConfig, to_dict
 from moe_artifacts.embedder import resize_and_crop
-from moe_artifacts.errors import InputError, LatentSpaceError, MoeArtifactsError
+from moe_artifacts.errors import InputError, LatentSpaceError
 from moe_artifacts.preview import LinearPreview, TinyPreview, VaePreview
 from moe_artifacts.seeds import attempt_seed
 from moe_artifacts.shapes import Latents, Preview
@@ -41,7 +41,7 @@ from training.forward_chain import NoiseKind, add_noise, draw_levels
 from training.image_rows import FashionImages, ImageRow, ImageSource, TableImages
 from training.noise_grids import NoiseGrid, model_scheduler, parse_grids
 from training.noised_shards import COLUMNS
-from training.row_jobs import RowJob, ShardRows, add_run_options, count_rows, in_batches, run_as_asked
+from training.row_jobs import RowJob, ShardRows, add_run_options, in_batches, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,17 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=8, help="pictures encoded at once (%(default)s)")
     parser.add_argument("--device", default="cpu")
     add_run_options(parser)
-    parser.add_argument("--out", required=True, type=Path, help="folder of the shards")
     args = parser.parse_args(arguments)
-    try:
-        run_as_asked(_FromArguments(args).job(), args)
-    except (MoeArtifactsError, OSError) as error:  # OSError: no files of Fashion-MNIST, a full disk
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    rows, rejects = count_rows(args.out)
-    told = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items())) or "none"
-    print(f"{args.out}: {rows:,} rows; pictures rejected: {told}")
-    return 0
+    return run_command(lambda: _FromArguments(args).job(), args, "rows")
 
 
 if __name__ == "__main__":

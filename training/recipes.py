@@ -13,16 +13,16 @@ import subprocess
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moe_artifacts.files import atomic_path, write_json
+from moe_artifacts.files import atomic_path
 from training.ancestor import train_ancestor
 from training.bundle import bundle, write_training_log
 from training.calibrate import calibrate
-from training.clip import MODEL_CONFIG, train_clip
+from training.clip import train_clip
 from training.collect import SPLITS, collect, load_judges, load_pipeline
 from training.data.prompts import CLASS_NAMES, prompts_of
 from training.generator import GeneratorRecipe, load_vae, train_denoiser, train_vae
 from training.judges import train_judges
-from training.own.run import OwnRun
+from training.own.images import small_run
 from training.own.run import run as run_own
 from training.train import ABLATIONS, embed_split, train_posterior
 from training.workspace import compile_if_possible, work_folder
@@ -63,28 +63,17 @@ def own_fashion() -> None:
     ]
     with atomic_path(folder / "prompts.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(rows), temporary)
-    write_json(folder / "model.json", MODEL_CONFIG)
-    settings = "ddim:50,ddim:25,dpm:12,ddim:50,euler-a:25,ddim:20,unipc:12,ddim:25,ddim:12,dpm:25"
-    count = "train=30000,validation=2000,calibration=5000,test=5000"
-    run_own(
-        OwnRun(
-            pipeline="fashion",
-            prompts=folder / "prompts.parquet",
-            judge="fashion",
-            model=str(folder / "model.json"),
-            out=folder,
-            preview_size=32,
-            patch=4,
-            unit="image",  # every image's prompt is drawn on its own
-            against="fashion",
-            collect=["--count", count, "--settings", settings, "--batch", "250", "--autocast", "bf16"],
-            tune=[
-                *("--noise-steps", "300", "--noise-lr", "1e-3", "--batch", "512", "--micro-batch", "512"),
-                *("--classify-steps", "3000", "--classify-lr", "1.5e-3", "--classify-batch", "512"),
-                *("--weight-decay", "0.05", "--precision", "bf16", "--save-every", "250"),
-            ],
-        )
+    own = small_run(
+        folder,
+        pipeline="fashion",
+        prompts=folder / "prompts.parquet",
+        judge="fashion",
+        size=32,
+        count="train=30000,validation=2000,calibration=5000,test=5000",
+        classify_steps=3_000,
+        against="fashion",
     )
+    run_own(own)
 
 
 RECIPES = {"bundled": bundled, "own-fashion": own_fashion}

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -215,7 +216,7 @@ def watch(job: RowJob, total: int, results: Iterable[tuple[int, str | None]]) ->
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """``--shard`` and ``--ray``, for :func:`run_as_asked`."""
+    """``--shard``, ``--ray`` and ``--out``, for :func:`run_command`."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--shard", default="0/1", metavar="I/N", help="do the I-th of N parts, counted from 0 (%(default)s)"
@@ -224,6 +225,25 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray-workers", type=int, metavar="N", help="(as many as there is room for)")
     parser.add_argument("--ray-cpus", type=float, default=1, metavar="N", help="of each worker (%(default)s)")
     parser.add_argument("--ray-gpus", type=float, default=0, metavar="N", help="of each worker (%(default)s)")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the shards")
+
+
+def run_command(job: Callable[[], RowJob], args: argparse.Namespace, of: str) -> int:
+    """Run a job as the command line asks, and say what came of it; returns the exit status.
+
+    Args:
+        job: Makes the job; what is wrong with its arguments is told as well.
+        of: What the rows are, in the plural.
+    """
+    try:
+        run_as_asked(job(), args)
+    except (MoeArtifactsError, OSError) as error:  # OSError: a full disk, no files of Fashion-MNIST
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows, rejects = count_rows(args.out)
+    told = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items())) or "none"
+    print(f"{args.out}: {rows:,} {of}; rejected: {told}")
+    return 0
 
 
 def run_as_asked(job: RowJob, args: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ from training.data.filters import FilterCounts, has_text
 from training.data.images import BadImage
 from training.data.ratings import MAX_ARTIFACTS, RatingFilters, clean_ratings
 from training.data.row_images import decodable
-from training.data.splits import SPLITS, assign_splits, linked_groups, split_summary
+from training.data.splits import add_split_options, assign_splits, linked_groups, split_summary
 from training.data.zip_parts import ZipParts, find_parts
 
 COLUMNS = {
@@ -176,15 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=defaults.ratings.repeated,
         help="ratings of one user for one image: drop all, as the ancestor meant it, or keep the first (%(default)s)",
     )
-    parser.add_argument(
-        "--shares",
-        type=float,
-        nargs=3,
-        default=defaults.shares,
-        metavar=tuple(name.upper() for name in SPLITS),
-        help="of the images (%(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="of the splits (%(default)s)")
+    add_split_options(parser, defaults.shares, defaults.seed)
     parser.add_argument("--check-images", action="store_true", help="decode every image now, and drop the damaged ones")
     args = parser.parse_args(arguments)
     counts = FilterCounts()

@@ -27,7 +27,7 @@ from moe_artifacts.errors import InputError, MoeArtifactsError
 from training.data.columns import read_columns, write_table
 from training.data.filters import FilterCounts, has_text
 from training.data.row_images import decodable
-from training.data.splits import SPLITS, assign_splits, linked_groups, split_summary
+from training.data.splits import add_split_options, assign_splits, linked_groups, split_summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("path", "prompt", "score"):
         parser.add_argument(f"--{name}", default=name, help="name of the column (%(default)s)")
     parser.add_argument("--user", help="name of the column of who made the image, if there is one")
-    parser.add_argument(
-        "--shares",
-        type=float,
-        nargs=3,
-        default=RatedOptions.shares,
-        metavar=tuple(name.upper() for name in SPLITS),
-        help="of the images (%(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=RatedOptions.seed, help="of the splits (%(default)s)")
+    add_split_options(parser, RatedOptions.shares, RatedOptions.seed)
     parser.add_argument("--check-images", action="store_true", help="decode every image now, and drop the damaged ones")
     args = parser.parse_args(arguments)
     counts = FilterCounts()

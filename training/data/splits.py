@@ -7,6 +7,7 @@ training.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import unicodedata
 from collections.abc import Sequence
@@ -115,6 +116,19 @@ def split_summary(table: pa.Table) -> str:
                 f"{split:<12}{len(rows):>12,}{label:>12.3f}{prompts:>12,}{(groups > 0).sum():>12,}{groups.max():>12,}"
             )
     return "\n".join(lines)
+
+
+def add_split_options(parser: argparse.ArgumentParser, shares: Sequence[float], seed: int) -> None:
+    """``--shares`` and ``--seed``, with these defaults."""
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs=3,
+        default=shares,
+        metavar=tuple(name.upper() for name in SPLITS),
+        help="of the images (%(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=seed, help="of the splits (%(default)s)")
 
 
 def _codes(values: Sequence[str] | Sequence[int]) -> Int[np.ndarray, " value"]:

@@ -82,20 +82,28 @@ def vae_of(pipeline: str) -> str:
     return str(folder) if pipeline.isidentifier() and folder.is_dir() else pipeline
 
 
-def run(own: OwnRun) -> None:
+def run(own: OwnRun, before: Sequence[tuple[str, list[str]]] = ()) -> None:
     """All stages; how long each took in this run is written to ``FOLDER/seconds.json``.
 
+    Args:
+        before: Stages that make the pipeline itself.
     Raises:
         subprocess.CalledProcessError: If one fails; it has said why.
     """
     seconds: dict[str, float] = {}
-    for module, arguments in own.stages():
+    for module, arguments in [*before, *own.stages()]:
         print(f"\n$ python -m {module} {shlex.join(arguments)}", flush=True)
         start = time.perf_counter()
         subprocess.run([sys.executable, "-m", module, *arguments], check=True)
         seconds[f"{module} {len(seconds)}"] = time.perf_counter() - start
         write_json(own.out / "seconds.json", seconds)
     print(f"\n{sum(seconds.values()) / 60:.0f} minutes; {own.out / 'scorer'} is the scorer")
+
+
+def failed(error: subprocess.CalledProcessError) -> int:
+    """The exit status of a command whose stage failed, after a line that says which."""
+    print(f"error: python -m {error.cmd[2]} failed; the stages before it are done and are kept", file=sys.stderr)
+    return 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,8 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(own)
     except subprocess.CalledProcessError as error:
-        print(f"error: python -m {error.cmd[2]} failed; the stages before it are done and are kept", file=sys.stderr)
-        return 1
+        return failed(error)
     return 0
 
 
