@@ -165,6 +165,14 @@ def test_principal_components_are_those_of_scikit_learn() -> None:
     torch.testing.assert_close(projected.abs(), torch.from_numpy(expected).float().abs(), rtol=5e-3, atol=1e-3)
 
 
+def test_principal_components_of_few_images_with_features_that_never_fire() -> None:
+    generator = torch.Generator().manual_seed(4)
+    features = (torch.randn(60, 20, generator=generator) @ torch.randn(20, 600, generator=generator)).relu()
+    features[:, torch.rand(600, generator=generator) < 0.9] = 0  # in single precision LAPACK gives up on these
+    spread = principal_components(features, 16)(features).std(dim=0)
+    assert spread.isfinite().all() and (spread[:-1] >= spread[1:]).all() and spread[-1] > 0.5
+
+
 def test_too_few_reference_images_are_refused() -> None:
     recipe = JudgeRecipe(name="tiny", seed=0, width=2, steps=2, batch=4)
     with pytest.raises(InputError, match=r"the class 'class 0' has \d reference images, 10 are needed"):

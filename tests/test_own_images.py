@@ -5,31 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
-from PIL import Image
 
 from moe_artifacts import ArtifactGuard, ArtifactScorer
+from tests.class_folder import discs_and_bars
 from training.own.images import main
 
 TINY = ["--generator=--steps 40 --vae-steps 40", "--judges=--steps 60"]
-
-
-def discs_and_bars(folder: Path, count: int) -> Path:
-    """Two classes of coloured pictures of several shapes and formats."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[-1:1:36j, -1:1:40j]
-    for number in range(count):
-        middle, size = rng.uniform(-0.3, 0.3, 2), rng.uniform(0.3, 0.6)
-        disc = np.hypot(x - middle[0], y - middle[1]) < size
-        bar = abs(x - middle[0]) < size / 2
-        for name, shape in (("disc", disc), ("bar", bar)):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            colours = rng.integers(0, 256, (2, 3), dtype=np.uint8)
-            picture = Image.fromarray(np.where(shape[..., None], colours[0], colours[1]).astype(np.uint8))
-            picture.save(folder / name / f"{number:03d}.{'jpg' if number % 2 else 'png'}")
-    return folder
 
 
 @pytest.mark.slow

@@ -112,7 +112,8 @@ def principal_components(features: Tensor, dim: int) -> nn.Linear:
     """Standardise, then project onto the ``dim`` directions of largest variance, as one linear map."""
     mean, std = features.mean(dim=0), features.std(dim=0) + 1e-6
     scaled = (features - mean) / std
-    directions = torch.linalg.eigh(scaled.T @ scaled).eigenvectors  # of rising eigenvalues
+    # In double precision: of fewer images than features many eigenvalues are zero, and in single LAPACK then gives up.
+    directions = torch.linalg.eigh((scaled.T @ scaled).double()).eigenvectors.float()  # of rising eigenvalues
     weight = directions.flip(-1)[:, :dim].T / std
     projection = nn.Linear(features.shape[-1], dim).requires_grad_(False)
     projection.weight.copy_(weight)
