@@ -16,7 +16,13 @@ from moe_artifacts.files import atomic_path
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "rewards.md", DOCS / "ablation.md", DOCS / "decisions" / "0010-the-judge.md")
+PAGES = (
+    ROOT / "README.md",
+    DOCS / "rewards.md",
+    DOCS / "ablation.md",
+    DOCS / "train-your-own.md",
+    DOCS / "decisions" / "0010-the-judge.md",
+)
 
 
 def quality() -> str:
@@ -153,6 +159,29 @@ def overhead() -> str:
     return markdown(["", "time", "of a denoiser call", "lowest to highest"], rows)
 
 
+def training_scale() -> str:
+    """What the stages of training cost at each size: rate, memory, disk."""
+    growth = {row["stage"]: row for row in rows_of("scale_training", table="growth")}
+    rows = []
+    for row in rows_of("scale_training", table="sizes"):
+        found = growth.get(row["stage"])
+        largest = found is not None and found["rows"] == row["rows"]
+        rows.append(
+            [
+                row["stage"],
+                f"{row['rows']:,}",
+                f"{row['rows_per_s']:,.0f}",
+                f"{row['peak_mb']:,.0f} MB" if "peak_mb" in row else "",
+                f"{row['bytes_per_row']:,.0f}" if "bytes_per_row" in row else "",
+                percent(row["share_of_backbone"]) if "share_of_backbone" in row else "",
+                three(found["time_exponent"]) if largest else "",
+                f"{found['memory_ratio']:.2f}" if largest else "",
+            ]
+        )
+    header = ["stage", "rows", "rows a second", "peak memory", "bytes a row", "of the bare tower's rate"]
+    return markdown([*header, "time grows as rows to the power", "memory against a tenth of the rows"], rows)
+
+
 def spread(row: Row) -> str:
     """Lowest and highest share of the repeats."""
     return f"{100 * row['low']:.2f} % to {100 * row['high']:.2f} %"
@@ -161,7 +190,7 @@ def spread(row: Row) -> str:
 TABLES = (
     {
         table.__name__: table
-        for table in (quality, rules, mixture, transfer, guidance, savings, overhead, judge_features)
+        for table in (quality, rules, mixture, transfer, guidance, savings, overhead, judge_features, training_scale)
     }
     | reward_tables.TABLES
     | ablation_page.TABLES

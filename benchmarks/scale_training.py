@@ -9,8 +9,9 @@ heads learn to see. Stages, each in a process of its own, so that its peak is it
     backbone    the forward pass of that tower alone, same batch size, between the shards of ``embed``
     train       the posterior's heads, by training.own.train, ``PASSES`` times over the rows
 
-``share_of_backbone`` is the rate of ``embed`` over that of ``backbone``. ``time_exponent`` and ``memory_ratio`` compare the two largest
-sizes: time grows as rows ** exponent. Imports and the loading of models are not timed; the peak has them.
+``bytes_per_row`` is what a stage writes. ``share_of_backbone`` is the rate of ``embed`` over that of ``backbone``. ``time_exponent``
+and ``memory_ratio`` compare the two largest sizes: time grows as rows ** exponent. Imports and the loading of models are not
+timed; the peak has them.
 
 A run that was killed goes on: a size and stage that is done is not repeated, and of one that is half done the rate is that of the
 rows that were left. Files, 4 GB for 1M rows, are in ``MOE_ARTIFACTS_WORK/scale-training``.
@@ -179,7 +180,8 @@ def timed(job: RowJob, per_row: int = 1, elsewhere: Callable[[], float] = lambda
     after, rejects = count_rows(job.folder)
     if rejects or after == before:
         raise InputError(f"{job.folder}: {after - before} new rows, rejected {rejects}; delete it and begin anew")
-    return {"rows_per_s": (after - before) * per_row / seconds}
+    size = sum(path.stat().st_size for path in job.folder.rglob("*") if path.is_file())
+    return {"rows_per_s": (after - before) * per_row / seconds, "bytes_per_row": size / (after * per_row)}
 
 
 def peak_mb() -> float:

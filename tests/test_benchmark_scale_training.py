@@ -81,6 +81,8 @@ def test_a_size_is_measured_once_and_gone_on_with(tmp_path, monkeypatch, capsys)
     assert [row["stage"] for row in rows] == ["noise", "backbone", "embed", "train"]
     assert all(row["rows"] == 400 and row["rows_per_s"] > 0 for row in rows)
     assert 0 < rows[2]["share_of_backbone"] < 10 and rows[3]["peak_mb"] > 100
+    assert 3 * 32 * 32 < rows[0]["bytes_per_row"] < 2 * 3 * 32 * 32  # a preview of bytes, and its columns
+    assert 2 * 128 < rows[2]["bytes_per_row"] < 3 * 4 * 128
     [folder] = Path(tmp_path, "scale-training").iterdir()
     (folder / "embed.json").unlink()
     assert main(words) == 0
