@@ -60,7 +60,7 @@ class Classifier:
     """One judge's classifier and the real images that it may use as references: those it was not trained on."""
 
     maps: FeatureMaps
-    head: nn.Module
+    head: nn.Sequential
     reference: LabelledImages
     recipe: JudgeRecipe
 

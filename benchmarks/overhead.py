@@ -240,7 +240,8 @@ def measure(name: str, device: str, dtype: torch.dtype, repeats: int, seed: int)
 
     for guard in (None, *guards.values()):  # warm-up
         run(pipe, 1, 1, guard)
-    plain, guarded = [], {preview: [] for preview in guards}
+    plain: list[Run] = []
+    guarded: dict[str, list[Run]] = {preview: [] for preview in guards}
     full, dropped = [], []
     for _ in range(repeats):
         plain.append(run(pipe, 1, STEPS))

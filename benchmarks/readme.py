@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from functools import partial
 from pathlib import Path
 
 from benchmarks import reward_tables
@@ -164,8 +165,8 @@ def training_scale() -> str:
     growth = {row["stage"]: row for row in rows_of("scale_training", table="growth")}
     rows = []
     for row in rows_of("scale_training", table="sizes"):
-        found = growth.get(row["stage"])
-        largest = found is not None and found["rows"] == row["rows"]
+        found = growth.get(row["stage"], {})
+        largest = found.get("rows") == row["rows"]
         rows.append(
             [
                 row["stage"],
@@ -202,9 +203,12 @@ def filled(text: str) -> str:
     for name, table in TABLES.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if pattern.search(text):
-            content = table()
-            text = pattern.sub(lambda match, content=content: match[1] + content + "\n" + match[2], text)
+            text = pattern.sub(partial(_with, table()), text)
     return text
+
+
+def _with(content: str, match: re.Match[str]) -> str:
+    return f"{match[1]}{content}\n{match[2]}"
 
 
 def main() -> None:

@@ -9,9 +9,11 @@ bundled scorer reaches on the same images.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,10 +80,13 @@ def measure(scheduler: str, steps: int, images: int, twins: int) -> dict[str, An
     for name, parts in (("auroc_twins", others), ("auroc_within", posterior)):
         score = torch.cat(parts).numpy()
         row[name] = auroc_within(score, bad, label)
-        row[f"{name}_low"], row[f"{name}_high"] = bootstrap(
-            lambda rows, score=score: auroc_within(score[rows], bad[rows], label[rows]), images
-        )
+        within = partial(_auroc_of, score, bad, label)
+        row[f"{name}_low"], row[f"{name}_high"] = bootstrap(within, images)
     return row
+
+
+def _auroc_of(score: np.ndarray, bad: np.ndarray, label: np.ndarray, rows: np.ndarray) -> float:
+    return auroc_within(score[rows], bad[rows], label[rows])
 
 
 def mean_margin(

@@ -270,7 +270,7 @@ def choose_mix(recipe: ClipRecipe, data: Recorded, validation: Recorded, parents
         prompts=[data.prompts[i] for i in few.tolist()],
         **{k: getattr(data, k)[few] for k in Recorded.__annotations__ if k != "prompts"},
     )
-    table = []
+    table: list[dict[str, Any]] = []
     for mix in recipe.mixes:
         model = PreviewClip()
         model.load_state_dict(interpolate(load_file(parents[0]), load_file(parents[1]), mix))

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,7 @@ def train_vae(recipe: GeneratorRecipe, data: ClassImages | None = None, device: 
             if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.vae_steps:
                 save_state(stage.folder / "state.safetensors", step + 1, modules, optimizer)
                 stage.track(step + 1, loss=loss.item(), l1=error.abs().mean().item(), kl=kl.item())
-    final = ema.module.cpu().eval()
+    final: Any = ema.module.cpu().eval()
     some = slice(0, 2000 * 32**2 // data.size**2)  # the same memory for every size
     with torch.no_grad():
         latents = final.encode(data.train.rgb(some) * 2 - 1).latent_dist.mean
@@ -228,7 +229,7 @@ def train_denoiser(
             if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.denoiser_steps:
                 save_state(stage.folder / "state.safetensors", step + 1, modules, optimizer)
                 stage.track(step + 1, loss=running)
-    final = ema.module.cpu()
+    final: Any = ema.module.cpu()
     pipe = assemble(vae.cpu(), final["text_encoder"], tokenizer, final["unet"])
     temporary = result.with_name("pipeline-unfinished")
     # In the dtype that is shipped already here: the trajectories must come from the very same weights.

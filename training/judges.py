@@ -71,7 +71,7 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.lerp(images, blurred, amount)
 
 
-def train_maps(recipe: JudgeRecipe, data: LabelledImages, stage: Stage) -> tuple[FeatureMaps, nn.Module]:
+def train_maps(recipe: JudgeRecipe, data: LabelledImages, stage: Stage) -> tuple[FeatureMaps, nn.Sequential]:
     """Feature maps and the classifier on top of them, by cross entropy on real images only."""
     torch.manual_seed(recipe.seed)
     maps = FeatureMaps(recipe.width, data.coloured).to(memory_format=torch.channels_last)

@@ -83,8 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = ["--images", str(args.images), "--out", str(work), "--size", str(args.size)]
     before = [("training.generator", [*source, *args.generator]), ("training.judges", [*source, *args.judges])]
     judge = f"manifold:{work / 'judges' / 'first.safetensors'}"
-    files = {"pipeline": str(work / "pipeline"), "prompts": work / "prompts.parquet", "judge": judge}
-    own = small_run(work / "own", **files, size=args.size, count=args.count, classify_steps=args.classify_steps)
+    own = small_run(
+        work / "own",
+        pipeline=str(work / "pipeline"),
+        prompts=work / "prompts.parquet",
+        judge=judge,
+        size=args.size,
+        count=args.count,
+        classify_steps=args.classify_steps,
+    )
     try:
         run(own, before)
     except subprocess.CalledProcessError as error:
