@@ -178,6 +178,7 @@ def test_without_a_pipeline_the_scorer_only_records(
     [
         (["--max-risk", "0.01"], "prompts with as many clean images as these have, got 240; there are 240 images"),
         (["--max-risk", "1.5"], "max_risk must be between 0 and 1"),
+        (["--timed-batch", "0"], "timed-batch must be at least 1, got 0"),
         (["--embedder", "fashion"], "the heads were trained behind"),
         (["--pipeline", "/nowhere"], "no pipeline '/nowhere'"),
         (["--heads", "/nowhere"], "cannot read /nowhere/heads.json"),

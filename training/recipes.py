@@ -69,8 +69,8 @@ def own_fashion() -> None:
         prompts=folder / "prompts.parquet",
         judge="fashion",
         size=32,
-        count="train=30000,validation=2000,calibration=5000,test=5000",
-        classify_steps=3_000,
+        count="train=60000,validation=2000,calibration=4000,test=4000",
+        classify_steps=5_500,
         against="fashion",
     )
     run_own(own)

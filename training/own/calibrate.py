@@ -64,7 +64,6 @@ from training.row_jobs import complete_shards
 from training.rules import Promise
 
 VALIDATION_IMAGES = 20_000
-TIMED_BATCH = 8  # images of the run in which a check is timed
 COST_NAME = "check_cost.json"
 EVEN_CHECKS = (0.15, 0.3, 0.45, 0.6, 0.8)  # of a scorer that was never calibrated on a pipeline
 
@@ -137,6 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--rule", choices=("auto", *get_args(RuleName)), default="auto", help="auto: the cheapest (%(default)s)"
     )
     parser.add_argument("--check-cost", type=float, help="of one image, in its denoiser calls (measured)")
+    parser.add_argument(
+        "--timed-batch", type=int, default=8, help="images of the run in which it is measured (%(default)s)"
+    )
     parser.add_argument("--name", help="of the scorer (the name of its folder)")
     parser.add_argument(
         "--label", default="artifacts, as labelled by the judge of the data", help="what bad means, in words"
@@ -156,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> str:
     promise = Promise(max_risk=args.max_risk, confidence=args.confidence, unit=args.unit)
+    if args.timed_batch < 1:
+        raise InputError(f"timed-batch must be at least 1, got {args.timed_batch}")
     heads, facts = read_heads(args.heads)
     names = ("train", "validation") if args.pipeline is None else ("train", "validation", "calibration")
     rows = {name: EmbeddedRows(args.embedded / name) for name in names}
@@ -195,7 +199,7 @@ def _run(args: argparse.Namespace) -> str:
         )
     cost = args.check_cost
     if cost is None:
-        cost = _measured_cost(args.out / COST_NAME, parts, pipe, call, sampling, rows["validation"])
+        cost = _measured_cost(args, parts, pipe, call, sampling, rows["validation"])
     found = calibrate_for(
         parts.heads,
         parts.calibration,
@@ -272,9 +276,10 @@ def _latent_space(args: argparse.Namespace, pipe: Any, preview: nn.Module) -> La
 
 
 def _measured_cost(
-    path: Path, parts: Parts, pipe: Any, call: dict[str, Any], sampling: Sampling, data: EmbeddedRows
+    args: argparse.Namespace, parts: Parts, pipe: Any, call: dict[str, Any], sampling: Sampling, data: EmbeddedRows
 ) -> float:
     """Measured once: a run that was killed goes on with the same number, and comes to the same scorer."""
+    path = args.out / COST_NAME
     if path.exists():
         cost = float(read_json(path)["check_cost"])
     else:
@@ -283,7 +288,7 @@ def _measured_cost(
         arguments = call | {name: value for name, value in asked.items() if value is not None}
         untrained = ExitHead(ExitHeadConfig(state_dim=parts.heads.experts.config.hidden_dim))
         scorer = parts.scorer(untrained, EVEN_CHECKS).to(pipe._execution_device)
-        cost = measure_check_cost(pipe, scorer, (prompts * TIMED_BATCH)[:TIMED_BATCH], arguments)
+        cost = measure_check_cost(pipe, scorer, (prompts * args.timed_batch)[: args.timed_batch], arguments)
         write_json(path, {"check_cost": cost})
     log.info("one check costs %.4f of a step's denoiser calls (%s)", cost, path)
     return cost

@@ -64,6 +64,7 @@ def small_run(
         patch=DOWNSAMPLING,
         unit="image",  # every image's prompt is drawn on its own
         collect=["--count", count, *COLLECT],
+        calibrate=["--timed-batch", "48"],  # as many as `moe-artifacts demo` makes: small models are slow on few
         tune=[*TUNE, "--classify-steps", str(classify_steps)],
         **options,
     )

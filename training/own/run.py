@@ -43,6 +43,7 @@ class OwnRun:
     collect: Sequence[str] = ()
     tune: Sequence[str] = ()
     train: Sequence[str] = ()
+    calibrate: Sequence[str] = ()
 
     def stages(self) -> list[tuple[str, list[str]]]:
         """Each stage's module and arguments, in order."""
@@ -67,7 +68,7 @@ class OwnRun:
         ]
         found.append(("training.own.train", [str(embedded), "--out", str(heads), *self.train]))
         certified = ["--heads", str(heads), *shown, "--pipeline", self.pipeline, "--unit", self.unit]
-        found.append(("training.own.calibrate", [str(embedded), *certified, "--out", str(scorer)]))
+        found.append(("training.own.calibrate", [str(embedded), *certified, "--out", str(scorer), *self.calibrate]))
         against = [] if self.against is None else ["--against", self.against]
         shares = ["--shares", EVALUATED_SHARES]
         found.append(("training.own.evaluate", [str(scorer), str(trajectories / "test"), *shares, *against]))
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--patch", type=int, default=1, help="preview pixels per latent (%(default)s)")
     parser.add_argument("--unit", choices=("image", "prompt"), default="prompt", help="of the promise (%(default)s)")
     parser.add_argument("--against", help="a scorer to compare with")
-    for name in ("collect", "tune", "train"):
+    for name in ("collect", "tune", "train", "calibrate"):
         parser.add_argument(f"--{name}", type=shlex.split, default=[], help="further arguments of that stage, quoted")
     own = OwnRun(**vars(parser.parse_args(arguments)))
     try:
