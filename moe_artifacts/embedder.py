@@ -86,7 +86,9 @@ class ClipEmbedder(nn.Module):
         pixels = resize_and_crop(pixels, self._preprocess_config)
         mean, std = self._preprocess_config["mean"], self._preprocess_config["std"]
         precision = next(self.clip.visual.parameters()).dtype
-        features = self.clip.encode_image(TF.normalize(pixels, mean, std).to(precision))
+        shift, scale = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
+        pixels = (pixels - shift).div_(scale)  # as torchvision's normalize, which makes one more copy
+        features = self.clip.encode_image(pixels.to(precision))
         return F.normalize(features.float(), dim=-1)
 
     def embed_texts(self, prompts: list[str]) -> Embedding:
