@@ -49,17 +49,17 @@ from training.image_rows import ImageRow
 from training.level_images import open_source
 from training.noise_grids import model_scheduler, parse_grids
 from training.row_jobs import RowJob, ShardRows, count_rows, missing_shards, run_job
-from training.workspace import work_folder
+from training.workspace import keep_freed_memory, work_folder
 
 Row = dict[str, Any]
 
 STAGES = ("noise", "embed", "train")
 SIZES = (10_000, 100_000, 1_000_000)
 LEVELS = 10  # rows a picture
-PICTURES_PER_SHARD = 2_500  # the text of a prompt is embedded once a shard
+PICTURES_PER_SHARD = 10_000  # the text of a prompt is embedded once a shard
 VALIDATION_PICTURES = 500
 PASSES = 8  # over the rows, in training
-BACKBONE_BATCHES = 10  # forward passes of the tower alone before each shard, and as many after it
+BACKBONE_BATCHES = 40  # forward passes of the tower alone before each shard, and as many after it
 
 
 class HalvedFashion:
@@ -227,6 +227,7 @@ def growth(rows: Sequence[Row]) -> list[Row]:
 def measure(rows: int, stage: str, batch: int) -> None:
     """A stage at one size, in this process; its figures go to a file."""
     folder = _folder(rows, batch)
+    keep_freed_memory()  # as the commands do
     functions: dict[str, Callable[[Path, int, int], Row]] = {"noise": noise, "embed": embed, "train": train}
     figures = functions[stage](folder, rows // LEVELS, batch)
     write_json(folder / f"{stage}.json", {**figures, "peak_mb": peak_mb()})

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moe_artifacts.config import MAX_WIDTH, EmbedderConfig
 from moe_artifacts.errors import CheckpointError, ConfigError, InputError
-from moe_artifacts.shapes import Embedding, Preview, TowerInput
+from moe_artifacts.shapes import Embedding, Preview, PreviewBytes, TowerInput
 
 MAX_LAYERS = 512
 MAX_PARAMETERS = 20_000_000_000  # the largest open_clip model has 5 billion
@@ -65,8 +65,8 @@ class ClipEmbedder(nn.Module):
         if config.model.startswith("hf-hub:") or config.pretrained is not None:
             self.verify_weights()
 
-    def embed_images(self, preview: Preview) -> Embedding:
-        """Embed RGB previews in [0, 1], of any size; gradients reach both the weights and the previews.
+    def embed_images(self, preview: Preview | PreviewBytes) -> Embedding:
+        """Embed RGB previews in [0, 1] or as bytes, of any size; gradients reach both the weights and the previews.
 
         The tower computes in the precision of its weights: ``embedder.clip.visual.to(torch.bfloat16)`` halves the time of a
         ViT-B/32 on a CPU with AVX-512 bf16 (benchmarks/overhead.py).
@@ -74,20 +74,21 @@ class ClipEmbedder(nn.Module):
         Returns:
             Float32 of length 1. A row that is not finite gives a row that is not finite, its neighbours are untouched.
         Raises:
-            InputError: If ``preview`` is not a float tensor of shape (batch, 3, height, width).
+            InputError: If ``preview`` is neither float nor uint8, or not of shape (batch, 3, height, width).
         """
         if preview.ndim != 4 or preview.shape[1] != 3 or 0 in preview.shape[2:]:
             raise InputError(f"preview must be (batch, 3, height, width), got shape {tuple(preview.shape)}")
-        if not preview.is_floating_point():
-            raise InputError(f"preview must be float, in [0, 1], got {preview.dtype}; divide 8-bit pixels by 255")
-        pixels = preview.float()
+        if not preview.is_floating_point() and preview.dtype != torch.uint8:
+            raise InputError(f"preview must be float, in [0, 1], or uint8, got {preview.dtype}")
+        pixels = preview.float() if preview.is_floating_point() else preview.float().div_(255)
         if len(pixels) == 0:
             return pixels.new_zeros(0, self.config.embed_dim)  # torch does not resize an empty batch
         pixels = resize_and_crop(pixels, self._preprocess_config)
         mean, std = self._preprocess_config["mean"], self._preprocess_config["std"]
         precision = next(self.clip.visual.parameters()).dtype
         shift, scale = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
-        pixels = (pixels - shift).div_(scale)  # as torchvision's normalize, which makes one more copy
+        # As torchvision's normalize, without a copy of what is ours.
+        pixels = (pixels.sub_(shift) if preview.dtype == torch.uint8 else pixels - shift).div_(scale)
         features = self.clip.encode_image(pixels.to(precision))
         return F.normalize(features.float(), dim=-1)
 

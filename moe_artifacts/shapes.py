@@ -6,12 +6,13 @@ annotated function checked at run time. A lone axis gets a leading space, so tha
 
 from __future__ import annotations
 
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 Latents = Float[Tensor, "batch channel height width"]  # as the scheduler holds them, not rescaled
 StepLatents = Float[Tensor, "batch step channel height width"]  # the same over the scored steps
 Preview = Float[Tensor, "batch 3 pixel_h pixel_w"]  # RGB in [0, 1]; another grid, so other axis names
+PreviewBytes = UInt8[Tensor, "batch 3 pixel_h pixel_w"]  # the same as 0 to 255
 TowerInput = Float[Tensor, "batch 3 tower_h tower_w"]  # a preview at the size of the image tower
 Embedding = Float[Tensor, "batch embed"]  # CLIP vectors of length 1
 Features = Float[Tensor, "batch feature"]  # what the experts see of one step

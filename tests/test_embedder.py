@@ -163,8 +163,21 @@ def test_a_row_does_not_depend_on_its_batch_mates(kind, request):
         assert together[2].isnan().all()
 
 
+@pytest.mark.parametrize("size", [(32, 32), (20, 40)], ids=["as it is", "resized"])
+def test_bytes_are_what_their_255th_parts_are(embedder, size):
+    previews = torch.randint(0, 256, (3, 3, *size), dtype=torch.uint8)
+    before = previews.clone()
+    assert torch.equal(embedder.embed_images(previews), embedder.embed_images(previews.float() / 255))
+    assert torch.equal(previews, before)
+    floats = previews.float() / 255
+    before = floats.clone()
+    embedder.embed_images(floats)
+    assert torch.equal(floats, before)
+
+
 def test_empty_batches_give_empty_embeddings(embedder):
     assert embedder.embed_images(torch.zeros(0, 3, 50, 50)).shape == (0, 24)
+    assert embedder.embed_images(torch.zeros(0, 3, 50, 50, dtype=torch.uint8)).shape == (0, 24)
     assert embedder.embed_texts([]).shape == (0, 24)
 
 
@@ -172,8 +185,8 @@ def test_other_input_is_refused(embedder):
     for wrong in (torch.rand(3, 32, 32), torch.rand(1, 4, 32, 32), torch.rand(1, 3, 0, 8), torch.rand(1, 3, 2, 8, 8)):
         with pytest.raises(InputError, match=r"\(batch, 3, height, width\)"):
             embedder.embed_images(wrong)
-    with pytest.raises(InputError, match="divide 8-bit pixels by 255"):
-        embedder.embed_images(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(InputError, match="or uint8, got torch.int64"):
+        embedder.embed_images(torch.zeros(1, 3, 32, 32, dtype=torch.int64))
     for wrong in ("a boot", [None], [["a boot"]]):
         with pytest.raises(InputError, match="list of strings"):
             embedder.embed_texts(wrong)

@@ -114,7 +114,8 @@ class Embed:
                 result.reject(image.key, "embedding", "the embedder makes NaN or infinity of it")
             else:
                 kept.append(number)
-                result.add(**{name: getattr(image, name) for name in COLUMNS.names})
+        for name, column in result.columns.items():
+            column += [getattr(images[number], name) for number in kept]
         if kept:
             parts = embedded.split(counts)
             self._add_levels(result, [images[number] for number in kept], [parts[number] for number in kept])
@@ -137,8 +138,6 @@ class Embed:
         shown = pictures.to(self.device)
         if self.preview is not None:
             shown = self.preview(shown.float())
-        elif not shown.is_floating_point():
-            shown = shown.float().div_(255)  # a new tensor for each of the two would cost seven times as much
         return self.embedder.embed_images(shown).half().cpu()
 
     def _texts(self, prompts: list[str]) -> Embedding:

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from moe_artifacts.errors import InputError, MoeArtifactsError
 from moe_artifacts.files import atomic_path, read_json, write_json
-from training.workspace import progress
+from training.workspace import keep_freed_memory, progress
 
 META = "meta.json"
 REJECTS = pa.schema({"key": pa.string(), "reason": pa.string(), "detail": pa.string()})
@@ -235,6 +235,7 @@ def run_command(job: Callable[[], RowJob], args: argparse.Namespace, of: str) ->
         job: Makes the job; what is wrong with its arguments is told as well.
         of: What the rows are, in the plural.
     """
+    keep_freed_memory()
     try:
         run_as_asked(job(), args)
     except (MoeArtifactsError, OSError) as error:  # OSError: a full disk, no files of Fashion-MNIST

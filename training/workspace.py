@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
@@ -15,6 +16,18 @@ from typing import Any
 from torch import nn
 
 LAUNCHED = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and by accelerate launch
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next tensors, up to 1 GB, in place of giving it back to the system after each.
+
+    Fresh pages cost more than a small model computes on them: embedding with the bundled tower is a fifth faster. Elsewhere than
+    with glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(ctypes.c_int(-1), ctypes.c_int(2**30))  # M_TRIM_THRESHOLD
+        mallopt(ctypes.c_int(-3), ctypes.c_int(2**25))  # M_MMAP_THRESHOLD, at its limit
 
 
 def work_folder() -> Path:
