@@ -185,7 +185,7 @@ def test_other_input_is_refused(embedder):
     for wrong in (torch.rand(3, 32, 32), torch.rand(1, 4, 32, 32), torch.rand(1, 3, 0, 8), torch.rand(1, 3, 2, 8, 8)):
         with pytest.raises(InputError, match=r"\(batch, 3, height, width\)"):
             embedder.embed_images(wrong)
-    with pytest.raises(InputError, match="or uint8, got torch.int64"):
+    with pytest.raises(InputError, match=r"or uint8, got torch\.int64"):
         embedder.embed_images(torch.zeros(1, 3, 32, 32, dtype=torch.int64))
     for wrong in ("a boot", [None], [["a boot"]]):
         with pytest.raises(InputError, match="list of strings"):
