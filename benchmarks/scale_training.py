@@ -122,9 +122,8 @@ def embed(folder: Path, pictures: int, batch: int) -> Row:
     run_job(jobs["validation"])
     size = embedder.clip.visual.image_size
     shape = (batch, 3, *((size, size) if isinstance(size, int) else size))
-    pixels = [
-        torch.rand(shape) for _ in range(BACKBONE_BATCHES)
-    ]  # as new to the processor's caches as those of the stage
+    # Other ones each time, as new to the processor's caches as those of the stage.
+    pixels = [torch.rand(shape) for _ in range(BACKBONE_BATCHES)]
     alone = 0.0
 
     @torch.no_grad()

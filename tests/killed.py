@@ -44,9 +44,8 @@ def stages() -> list[Stage]:
     )
     small = ["--noise-steps", "6", "--save-every", "2", "--batch", "64", "--micro-batch", "32"]
     few = ["--settings", "ddim:10,dpm:6", "--batch", "50"]
-    own = replace(
-        own, tune=[*own.tune, *small], collect=[*own.collect, *few]
-    )  # of an option given twice the last counts
+    # Of an option that is given twice the last one counts.
+    own = replace(own, tune=[*own.tune, *small], collect=[*own.collect, *few])
     extra = {"training.own.calibrate": ["--check-cost", "0.02"]}  # otherwise measured
     tables = ["--metadata", "../diffusiondb/metadata.parquet", "--ratings", "../diffusiondb/diffusiondb_export.parquet"]
     return [

@@ -21,8 +21,7 @@ LAUNCHED = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and b
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next tensors, up to 1 GB, in place of giving it back to the system after each.
 
-    Fresh pages cost more than a small model computes on them: embedding with the bundled tower is a fifth faster. Elsewhere than
-    with glibc nothing happens.
+    Fresh pages take a good part of the time of a small model. Elsewhere than with glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
