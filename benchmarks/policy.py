@@ -181,7 +181,7 @@ def print_verdict(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data_arguments(parser)
-    parser.add_argument("--splits", type=int, default=20)
+    parser.add_argument("--splits", type=int, default=60)
     parser.add_argument(
         "--within-batch", type=int, default=8, help="images of a prompt that run together, within prompt"
     )
