@@ -14,7 +14,8 @@ and ``memory_ratio`` compare the two largest sizes: time grows as rows ** expone
 timed; the peak has them.
 
 A run that was killed goes on: a size and stage that is done is not repeated, and of one that is half done the rate is that of the
-rows that were left. Files, 4 GB for 1M rows, are in ``MOE_ARTIFACTS_WORK/scale-training``.
+rows that were left. A size that was begun with another program begins anew: its files are deleted, figures among them. Files, 4 GB
+for 1M rows, are in ``MOE_ARTIFACTS_WORK/scale-training``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from typing import Any
 import torch
 
 from benchmarks.results import write_results
+from benchmarks.sources import source_hashes
 from moe_artifacts.bundled import FOLDER as BUNDLED
 from moe_artifacts.errors import InputError
 from moe_artifacts.files import read_json, write_json
@@ -223,9 +225,33 @@ def growth(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
+def changed_sources(folder: Path) -> list[str]:
+    """Source files that are not what they were when the folder was begun; notes them in a new one."""
+    path, now = folder / "sources.json", source_hashes("benchmarks/scale_training.py")
+    del now["benchmarks/results.py"]  # it only writes the table
+    if not folder.exists():
+        write_json(path, now)
+    found = read_json(path) if path.exists() else {}
+    return sorted(name for name in now.keys() | found.keys() if now.get(name) != found.get(name))
+
+
+def begin(folder: Path) -> None:
+    """Begin anew where the folder is of another program."""
+    if changed := changed_sources(folder):
+        print(f"{folder} was made before {', '.join(changed[:5])} changed: deleted", file=sys.stderr, flush=True)
+        shutil.rmtree(folder)
+        changed_sources(folder)
+
+
 def measure(rows: int, stage: str, batch: int) -> None:
-    """A stage at one size, in this process; its figures go to a file."""
+    """A stage at one size, in this process; its figures go to a file.
+
+    Raises:
+        InputError: If the stages before it were run with another program.
+    """
     folder = _folder(rows, batch)
+    if changed := changed_sources(folder):
+        raise InputError(f"{folder} was made before {', '.join(changed[:5])} changed; leave out --stage to begin anew")
     keep_freed_memory()  # as the commands do
     functions: dict[str, Callable[[Path, int, int], Row]] = {"noise": noise, "embed": embed, "train": train}
     figures = functions[stage](folder, rows // LEVELS, batch)
@@ -264,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure(size, args.stage, args.batch)
         return 0
     for size in sizes:
+        begin(_folder(size, args.batch))
         for stage in STAGES:
             if not (_folder(size, args.batch) / f"{stage}.json").exists():
                 print(f"{size:,} rows: {stage}", file=sys.stderr, flush=True)

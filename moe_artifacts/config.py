@@ -256,6 +256,7 @@ class ScorerConfig:
     exit_head: ExitHeadConfig
     log_snr_range: tuple[float, float]  # nats: progress is 0 at the first and 1 at the second
     check_progress: tuple[float, ...]  # score the first step at or past each of these, and the last step
+    shows: Literal["x0", "noisy"] = "x0"  # what the previews are of: the prediction, or the sample x_t itself
     threshold: ThresholdConfig | None = None  # the default decision; None: record only
     provenance: dict[str, Any] = field(default_factory=dict)  # commit, seed, data, parents: for people
     format_version: int = FORMAT_VERSION
@@ -269,6 +270,7 @@ class ScorerConfig:
         checks = self.check_progress
         ok = len(checks) > 0 and all(0 <= c <= 1 for c in checks) and list(checks) == sorted(set(checks))
         _require(ok, f"check_progress must rise within [0, 1], got {checks!r}")
+        _require(self.shows in ("x0", "noisy"), f'shows must be "x0" or "noisy", got {self.shows!r}')
         _require(
             self.features.width == self.experts.feature_dim,
             f"experts.feature_dim must be {self.features.width}, the width of the features, got {self.experts.feature_dim}",
@@ -284,7 +286,7 @@ class ScorerConfig:
 
     @property
     def uses_noisy(self) -> bool:
-        return self.features.use_noisy
+        return self.features.use_noisy or self.shows == "noisy"
 
     @property
     def rules(self) -> tuple[RuleName, ...]:

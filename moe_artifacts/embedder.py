@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from moe_artifacts.config import MAX_WIDTH, EmbedderConfig
@@ -26,6 +27,7 @@ from moe_artifacts.errors import CheckpointError, ConfigError, InputError
 from moe_artifacts.shapes import Embedding, Preview, PreviewBytes, TowerInput
 
 MAX_LAYERS = 512
+PROMPTS_KEPT = 20_000  # tokens of the last ones: 12 MB of CLIP's own length
 MAX_PARAMETERS = 20_000_000_000  # the largest open_clip model has 5 billion
 
 
@@ -60,6 +62,7 @@ class ClipEmbedder(nn.Module):
             raise ConfigError(
                 f"embedder.embed_dim must be {width}, the width of {config.model}, got {config.embed_dim}"
             )
+        self._tokens: dict[str, Tensor] = {}
         self._preprocess_config = self.clip.visual.preprocess_cfg
         self.eval()  # open_clip hands out models in training mode
         if config.model.startswith("hf-hub:") or config.pretrained is not None:
@@ -105,8 +108,17 @@ class ClipEmbedder(nn.Module):
         device = self.clip.logit_scale.device
         if len(prompts) == 0:
             return torch.zeros(0, self.config.embed_dim, device=device)
-        features = self.clip.encode_text(self.tokenizer(prompts).to(device))
+        features = self.clip.encode_text(self._tokenize(prompts).to(device))
         return F.normalize(features.float(), dim=-1)
+
+    def _tokenize(self, prompts: list[str]) -> Int[Tensor, "batch token"]:
+        """Each prompt once: in training the same ones come again and again, and a small text tower is as fast as a tokenizer."""
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._tokens]
+        if len(self._tokens) + len(unknown) > PROMPTS_KEPT:
+            self._tokens, unknown = {}, list(dict.fromkeys(prompts))
+        if unknown:
+            self._tokens.update(zip(unknown, self.tokenizer(unknown), strict=True))
+        return torch.stack([self._tokens[prompt] for prompt in prompts])
 
     def weights_sha256(self) -> str:
         """Identity of the weights of both towers: names, dtypes, shapes and bytes."""

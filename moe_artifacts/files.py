@@ -6,24 +6,30 @@ A reader, or a run that was killed half-way, then never meets half a file.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from moe_artifacts.errors import InputError
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside ``path``; moved there when the block ends well, removed when it raises.
+    """A temporary name near ``path``; moved there when the block ends well, removed when it raises.
 
-    The temporary file keeps the suffix of ``path``, since some writers choose their format by it. The folder is made if
+    The temporary file keeps the name of ``path``, since some writers choose their format by the suffix. The folder is made if
     it is missing. Two writers at once each have their own temporary file; the last to finish wins.
 
+    Raises:
+        OSError: Also where safetensors fails to write, which has an error of its own for a full disk.
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with atomic_path(f"{folder}/a.txt") as temporary:
@@ -33,18 +39,27 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Same folder, hence the same file system: os.replace is atomic only there.
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; a checkpoint is meant to be read by others
+    # Beside the target: os.replace is atomic only on one file system. A folder: safetensors makes a temporary file of its own
+    # next to the one it is given.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+        temporary = Path(folder, target.name)
+        try:
+            yield temporary
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+        temporary.chmod(
+            0o666 & ~_umask()
+        )  # safetensors makes private files; a checkpoint is meant to be read by others
         _sync(temporary)
         os.replace(temporary, target)
         _sync(target.parent)  # the new name itself must survive a power cut
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: str | os.PathLike[str]) -> None:
+    """Remove what killed writers of ``path`` have left; for files that no two processes write at once."""
+    target = Path(path)
+    for folder in target.parent.glob(f".{glob.escape(target.name)}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

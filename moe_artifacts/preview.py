@@ -160,6 +160,15 @@ class LinearPreview(nn.Module):
         preview.space = found
         return preview
 
+    @staticmethod
+    def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+        """The facts that ``save`` was given.
+
+        Raises:
+            CheckpointError: If the file is damaged or of another kind.
+        """
+        return _read_metadata(Path(path)).get("facts", {})
+
 
 class _DecoderPreview(nn.Module):
     """What decoders have in common: undo the scaling of the latents, decode, [-1, 1] to [0, 1].

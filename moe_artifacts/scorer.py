@@ -1,6 +1,6 @@
 """One scored step on one screen: stages 1 to 6, from clean-latent prediction to cumulative artifact probability.
 
-    preview    = preview(x0)                                       2
+    preview    = preview(x0), or preview(x_t)                      2
     embedding  = embedder(preview)                                 3
     features   = embedding, its change, prompt, noisy embedding
     weights    = gate(log_snr, embedding)                          5
@@ -174,6 +174,24 @@ class ArtifactScorer(nn.Module):
             )
         return self.embedder.embed_images(self.preview(x0.float()))
 
+    def embed_shown(self, x0: Latents, latents: Latents | None) -> tuple[Embedding, Embedding | None]:
+        """The embedding of what the previews are of, and that of x_t where it is a feature of its own.
+
+        Args:
+            latents: x_t, scaled to alpha^2 + sigma^2 = 1.
+        Raises:
+            LatentSpaceError: If the latents have another number of channels than the scorer was trained on.
+            InputError: If the noisy latents are needed and missing.
+        """
+        if not self.config.uses_noisy:
+            return self.embed(x0), None
+        if latents is None:
+            raise InputError(
+                f"the scorer {self.config.name!r} looks at the noisy latents: pass latents, or record them"
+            )
+        noisy = self.embed(latents)
+        return (noisy if self.config.shows == "noisy" else self.embed(x0)), noisy
+
     def judge_step(
         self,
         embedding: Embedding,
@@ -200,17 +218,12 @@ class ArtifactScorer(nn.Module):
         """
         if trajectory.x0 is None:
             raise InputError("the trajectory holds no x0: record it with latents, they are what is scored")
-        noisy_needed = self.config.features.use_noisy
-        if noisy_needed and trajectory.latents is None:
-            raise InputError(
-                f"the scorer {self.config.name!r} also looks at the noisy latents, which were not recorded"
-            )
         batch, steps = trajectory.x0.shape[:2]
         finite = trajectory.x0.isfinite().flatten(2).all(-1).cummin(dim=1).values  # batch step; stays False
-        embedding = self.embed(trajectory.x0.float().nan_to_num(0, 0, 0).flatten(0, 1)).unflatten(0, (batch, steps))
-        noisy = None
-        if noisy_needed and trajectory.latents is not None:
-            noisy = self.embed(trajectory.latents.float().flatten(0, 1)).unflatten(0, (batch, steps))
+        latents = None if trajectory.latents is None else trajectory.latents.float().flatten(0, 1)
+        seen = self.embed_shown(trajectory.x0.float().nan_to_num(0, 0, 0).flatten(0, 1), latents)
+        embedding, noisy = (None if part is None else part.unflatten(0, (batch, steps)) for part in seen)
+        assert embedding is not None
         prob, mass, _ = self.score_embedded(
             embedding,
             trajectory.log_snr.float().expand(batch, -1),
@@ -282,15 +295,12 @@ class Session:
             raise InputError(
                 f"x0 must have {self._rows} rows, the living images, got {len(x0)}; call keep after a drop"
             )
-        if config.features.use_noisy and latents is None:
-            raise InputError(f"the scorer {config.name!r} also looks at the noisy latents: pass latents")
         self._finite = self._finite & x0.isfinite().flatten(1).all(dim=-1).cpu()
         finite = self._finite.to(x0.device)
         clean_rows = x0.float().masked_fill(~finite[:, None, None, None], 0)  # neighbours must not see the bad row
-        embedding = scorer.embed(clean_rows)
-        noisy = None
-        if config.features.use_noisy and latents is not None:
-            noisy = scorer.embed(latents.float().masked_fill(~finite[:, None, None, None], 0))
+        if latents is not None:
+            latents = latents.float().masked_fill(~finite[:, None, None, None], 0)
+        embedding, noisy = scorer.embed_shown(clean_rows, latents)
         previous = embedding if self._embedding is None else self._embedding
         now = progress(float(log_snr), config.log_snr_range)
         levels = torch.full((self._rows,), float(log_snr), device=embedding.device)

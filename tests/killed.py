@@ -47,11 +47,17 @@ def stages() -> list[Stage]:
     # Of an option that is given twice the last one counts.
     own = replace(own, tune=[*own.tune, *small], collect=[*own.collect, *few])
     extra = {"training.own.calibrate": ["--check-cost", "0.02"]}  # otherwise measured
+    by_hand = ["pipeline", "--prompts", "prompts.parquet", "--out", "by-hand", "--guidance-scale", "1"]
+    later = [
+        ("training.own.collect", [*by_hand, "--count", "train=100", *few]),
+        ("training.own.label", ["by-hand", "--judge", "manifold:judges/first.safetensors"]),
+    ]
     tables = ["--metadata", "../diffusiondb/metadata.parquet", "--ratings", "../diffusiondb/diffusiondb_export.parquet"]
     return [
         ("training.generator", [*source, "--steps", "4", "--vae-steps", "4"]),
         ("training.judges", [*source, "--steps", "20"]),
         *((module, [*arguments, *extra.get(module, [])]) for module, arguments in own.stages()),
+        *later,
         ("training.data.diffusiondb", [*tables, "--parts", "../diffusiondb", "--out", "images.parquet"]),
     ]
 

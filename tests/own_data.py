@@ -83,7 +83,7 @@ def write_embedded(folder: Path, made: Made | None = None) -> Path:
         rows.add_tensor("prompt", torch.tensor([i % made.prompts for i in images], dtype=torch.int32))
         return rows
 
-    facts: dict[str, Any] = {"embed_dim": EMBED_DIM, "checks": checks, "source": {}}
+    facts: dict[str, Any] = {"embed_dim": EMBED_DIM, "checks": checks, "shows": "x0", "source": {}}
     facts |= {"embedder_sha256": made.embedder, "preview_sha256": made.embedder}
     run_job(RowJob(name="made up", folder=folder, shards=made.shards, facts=facts, shard=shard))
     return folder

@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 import benchmarks.ablation.__main__ as ablation
-from benchmarks.ablation import figures, inputs, page, samples
-from benchmarks.ablation.designs import FORWARD, OWN, QUICK, VARIANTS, Design, Samples, Scale, Variant
+from benchmarks.ablation import figures, inputs, page, pictures, samples, towers
+from benchmarks.ablation.designs import QUICK, Design, Samples, Scale, Tower
 from benchmarks.ablation.figures import FIGURES, REPEATS, Measured, Result
 from benchmarks.ablation.inputs import Inputs, Runs
 from benchmarks.ablation.noisy_runs import record_noisy
 from benchmarks.ablation.pictures import Pictures
 from benchmarks.ablation.scores import Bench
+from benchmarks.ablation.table import half_widths, table
+from benchmarks.ablation.wishes import FORWARD, OWN, VARIANTS, Variant
 from moe_artifacts.errors import InputError
 from moe_artifacts.noise import noise_levels
 from moe_artifacts.policy import Run, apply_rule
@@ -61,6 +64,87 @@ def test_a_row_differs_from_the_one_it_is_compared_with_in_its_wish_alone(varian
     }[variant.wish]
     changed = differences(variant.design, other.design)
     assert changed and changed <= allowed
+
+
+NUMBERED = Scale(folder="numbered", share=1 / 600)  # 64, 83 or 100 images in place of 20, 50 or 60 thousand
+
+
+def image_numbers(means: torch.Tensor, log_snr: torch.Tensor, view: str) -> list[int]:
+    """Which images of ``numbered`` were looked at, by the means of their latents."""
+    alpha = torch.sigmoid(log_snr).sqrt() if view == "x_t" else 1.0
+    return sorted(set((means / alpha / 100).round().long().flatten().tolist()))  # the noise is small beside a hundred
+
+
+@pytest.fixture
+def numbered(work: Any, recorded: dict[str, Recorded], monkeypatch: pytest.MonkeyPatch) -> Inputs:
+    """All latents of an image are a hundred times its number, and nothing is decoded."""
+    train = recorded["train"]
+    number = 100 * torch.arange(len(train.label)).half()
+    final, x0 = (
+        number[:, None, None, None].expand_as(train.final),
+        number[:, None, None, None, None].expand_as(train.x0),
+    )
+    split = replace(train, final=final.contiguous(), x0=x0.contiguous())
+    monkeypatch.setattr(inputs, "load_split", lambda name, limit=None: split)
+    for module in (pictures, samples, towers):
+        monkeypatch.setattr(module, "build_preview", lambda inputs, kind: torch.nn.Identity())
+    return Inputs(NUMBERED)
+
+
+class MeanEmbedder:
+    """Embeds latents as their mean."""
+
+    def embed_images(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.mean(dim=(1, 2, 3))[:, None]
+
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        return torch.zeros(len(texts), 1)
+
+
+def seen_by_the_backbone(shared: Inputs, tower: Tower) -> list[int]:
+    if not tower.tuned:
+        return []
+    pool, _ = towers._previews(shared, tower, seed=1)
+    latents, log_snr = pool.take(torch.arange(len(pool.label)), torch.Generator().manual_seed(0))
+    train, rows = shared.split("train"), shared.tower_rows(tower, 1)
+    assert torch.equal(pool.label, train.label[rows]) and torch.equal(pool.margin, train.margin[rows])
+    return image_numbers(latents.mean(dim=(1, 2, 3)), log_snr, tower.view)
+
+
+def seen_by_the_head(shared: Inputs, design: Design) -> list[int]:
+    embedder: Any = MeanEmbedder()
+    data = samples.embed_samples(shared, embedder, design.tower, design.samples, seed=1)
+    assert samples.count(data) == len(data) * design.samples.levels
+    return image_numbers(data.embedding[..., 0].float(), data.log_snr, design.samples.view)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.wish}-{v.name}")
+def test_rows_compared_learn_from_the_same_images_but_where_images_are_the_wish(
+    variant: Variant, numbered: Inputs
+) -> None:
+    design = replace(variant.design, tower=replace(variant.design.tower, preview="linear"))  # others keep pixels
+    backbone, head = seen_by_the_backbone(numbered, design.tower), seen_by_the_head(numbered, design)
+    about_the_head = variant.wish in ("samples", "schedulers", "noise")
+    assert len(backbone) == (0 if about_the_head or variant.name == "plain" else 64)
+    assert len(head) == {"100k": 83, "1M": 100}.get(variant.name, 100 if variant.wish == "schedulers" else 64)
+    assert set(backbone) <= set(head)  # or the head's images would not be all that the row has learned from
+    facts = Bench(numbered, seed=1)._images(design)
+    labelled = 0 if design.tower.tuning == "prompts" else len(backbone)
+    assert facts == {"images": len(head), "labels": len(head), "backbone_labels": labelled}
+
+
+@pytest.mark.parametrize("tuning", ["plain", "prompts", "verdicts", "classified"])
+def test_a_backbone_knows_verdicts_only_where_its_row_says_so(
+    tuning: Any, work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower, recorded = Tower(tuning=tuning), inputs.load_split("train")
+    found = []
+    for margin in (recorded.margin, recorded.margin.flip(0)):
+        split = replace(recorded, margin=margin)
+        monkeypatch.setattr(inputs, "load_split", lambda name, limit=None, split=split: split)
+        shared = Inputs(replace(SMALL, folder=f"margin-{len(found)}"))
+        found.append(load_file(towers.train_tower(shared, tower, 0)[0]))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items()) is not tower.judged
 
 
 def test_every_wish_of_the_ancestor_has_its_rows() -> None:
@@ -124,7 +208,6 @@ def test_differences_are_taken_image_by_image_and_say_what_helps() -> None:
         Variant(wish="w", name="better", design=better, against="base"),
         Variant(wish="w", name="dearer", design=dearer, against="base"),
         Variant(wish="w", name="mixed", design=mixed, against="base"),
-        Variant(wish="w", name="unfinished", design=OWN),
     ]
     known = {
         (design.key, seed): result
@@ -136,14 +219,13 @@ def test_differences_are_taken_image_by_image_and_say_what_helps() -> None:
         )
         for seed, result in made.items()
     }
-    known[OWN.key, 0] = results(0, 0, 41)[0]
-    rows = figures.table(variants, (0, 1, 2), known)
+    rows = table(variants, (0, 1, 2), known)
     assert [row["variant"] for row in rows if row["table"] == "runs" and row["seed"] == 1] == [
         "base", "same", "better", "dearer", "mixed",
     ]  # fmt: skip
     means = {row["variant"]: row for row in rows if row["table"] == "variants"}
     assert means["base"]["samples"] == 20 and means["base"]["auroc_within"] == pytest.approx(0.801)
-    assert "helps" not in means["base"] and "unfinished" not in means
+    assert "helps" not in means["base"]
     # Alone, both intervals are as wide as the images make them; their difference is not.
     assert means["better"]["auroc_within_high"] - means["better"]["auroc_within_low"] > 0.06
     assert means["better"]["auroc_within_low"] < means["base"]["auroc_within_high"]
@@ -152,6 +234,23 @@ def test_differences_are_taken_image_by_image_and_say_what_helps() -> None:
     assert {name: row.get("helps") for name, row in means.items()} == {
         "base": None, "same": "no", "better": "yes", "dearer": "worse", "mixed": "mixed",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("over_images", "over_seeds", "of_both"), [(1, 0, 0), (1, 0.5, 0), (1, 1, 1), (0.5, 1, 0), (0.2, 1, 0), (0, 1, 0.2)]
+)
+def test_intervals_hold_the_truth_as_often_as_they_say(over_images: float, over_seeds: float, of_both: float) -> None:
+    """The figure is a mean over images; its truth is 0. Each number is a standard error of the mean over three seeds."""
+    rng, tries, images = np.random.default_rng(0), 2_000, 100
+    value = over_images * images**0.5 * rng.normal(size=(images, 1, tries))
+    value = value + of_both * (3 * images) ** 0.5 * rng.normal(size=(images, 3, tries))
+    value += over_seeds * 3**0.5 * rng.normal(size=(1, 3, tries))
+    points = value.mean(axis=0)
+    drawn = rng.integers(images, size=(REPEATS, images))
+    times = np.stack([np.bincount(rows, minlength=images) for rows in drawn])
+    draws = np.tensordot(times / images, value, axes=1)
+    held = np.abs(points.mean(axis=0)) <= half_widths(points, draws)
+    assert 0.93 <= held.mean() <= 0.99  # of 95 %: four standard errors down, and no wider than seeds make it
 
 
 def test_resampled_figures_follow_the_images_they_were_drawn_from() -> None:
@@ -181,6 +280,7 @@ def recorded(pipe: Any) -> dict[str, Recorded]:
 SPLITS = {"train": (100, 0), "validation": (64, 200), "calibration": (80, 300), "test": (64, 400)}
 SMALL = Scale(
     folder="small",
+    seeds=(0,),
     share=0.001,
     tower_samples=128,
     test=64,
@@ -319,20 +419,18 @@ def test_fewer_images_are_a_part_of_more(work: Any) -> None:
 
 
 def test_previews_kept_as_pixels_are_those_of_the_decoder(work: Any, pipe: Any) -> None:
-    from benchmarks.ablation.pictures import pictures
-
     shared = Inputs(SMALL)
     latents = shared.split("test").x0[:4]
     images, checks = torch.tensor([0, 3]), torch.tensor([1, 4])
-    for made in (pictures(shared, "vae", latents, "some"), pictures(shared, "vae", latents, "some")):
+    for made in (pictures.pictures(shared, "vae", latents, "some") for _ in range(2)):
         assert made.values.dtype == torch.uint8
         shown = pipe.vae.decode(latents[images, checks].float() / pipe.vae.config.scaling_factor).sample
         expected = (shown / 2 + 0.5).clamp(0, 1)
         # Half of one of 255 steps, and the 8 bits of bfloat16 on the way.
         torch.testing.assert_close(made.take(images, checks), expected, atol=0.02, rtol=0)
-    tiny_one = pictures(shared, "tiny", latents, "some")
+    tiny_one = pictures.pictures(shared, "tiny", latents, "some")
     assert tiny_one.take(images, checks).shape == (2, 3, 16, 16) and tiny_one.seconds > 0
-    linear: Pictures = pictures(shared, "linear", latents, "some")
+    linear: Pictures = pictures.pictures(shared, "linear", latents, "some")
     assert linear.take(images, checks).shape == (2, 3, 16, 16)
 
 
@@ -379,7 +477,7 @@ def test_a_killed_run_goes_on_where_it_was(work: Any, monkeypatch: pytest.Monkey
     done = files(work / SMALL.folder / "results")
     assert len(done) == 5 and not out.exists()
     monkeypatch.setattr(Bench, "_measure", lambda self, design: made.append(design) or measure(self, design))
-    ablation.main(arguments)
+    assert ablation.main(arguments) == 0
     assert len(made) == len({v.design for v in FEW}) == len(set(made))  # each once
     assert done.items() <= files(work / SMALL.folder / "results").items()
 
@@ -389,14 +487,16 @@ def test_a_killed_run_goes_on_where_it_was(work: Any, monkeypatch: pytest.Monkey
     for row in means:
         assert all(0 <= row[name] <= 1 for name in FIGURES if name.startswith("auroc"))
         assert row["auroc_within_low"] <= row["auroc_within"] <= row["auroc_within_high"]
-        assert row["train_seconds"] > 0 and row["previews_seen"] >= 2 * 128 and row["check_cost"] > 0
+        assert row["train_seconds"] > 0 and row["previews_seen"] >= 128 + 64 and row["check_cost"] > 0
     by_name = {(r["wish"], r["variant"]): r for r in means}
     vae, linear = by_name["preview", "full VAE"], by_name["preview", "linear"]
     assert vae["minus_auroc_within"] == pytest.approx(vae["auroc_within"] - linear["auroc_within"])
     assert vae["helps"] in ("yes", "no", "worse", "mixed")
     # WiSE-FT saw what its parents saw, and its sweep.
     assert by_name["backbone", "WiSE-FT"]["previews_seen"] > linear["previews_seen"] + 128
-    assert by_name["schedulers", "one scheduler, one timestep"]["samples"] == 64
+    single = by_name["schedulers", "one scheduler, one timestep"]
+    assert (single["samples"], single["labels"], single["backbone_labels"]) == (64, 64, 0)
+    assert single["previews_seen"] == 128 + 64  # its backbone is plain
     assert not [p for p in work.rglob("*") if p.suffix in (".pt", ".pkl", ".bin")]
 
 
@@ -405,15 +505,15 @@ def test_the_page_shows_the_table_or_says_that_there_is_none(monkeypatch: pytest
     assert page.ablation() == page.wishes() == page.NOT_YET
     base, other = replace(OWN, head="soft"), FORWARD
     variants = [Variant(wish="w", name="a", design=base), Variant(wish="w", name="b", design=other, against="a")]
-    facts = {"samples": 1e5, "check_cost": 0.1, "train_seconds": 10.0}
+    facts = {"samples": 1e5, "labels": 2e4, "backbone_labels": 0, "check_cost": 0.1, "train_seconds": 10.0}
     known = {
         (design.key, seed): dataclasses.replace(result, facts=facts)
         for design, made in ((base, results(0, 0, 1)), (other, results(-0.01, 0, 5)))
         for seed, result in made.items()
     }
-    rows = figures.table(variants, (0, 1, 2), known)
+    rows = table(variants, (0, 1, 2), known)
     monkeypatch.setattr(page, "_rows", lambda: [row for row in rows if row["table"] == "variants"])
-    assert "| w | a | 100,000 | 0.801 (" in page.ablation()
+    assert "| w | a | 100,000 | 20,000 | 0 | 0.801 (" in page.ablation()
     assert page.wishes().splitlines()[2].startswith("| w | b | a | -0.010 (") and page.wishes().endswith("| worse |")
 
 

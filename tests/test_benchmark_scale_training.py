@@ -89,6 +89,41 @@ def test_a_size_is_measured_once_and_gone_on_with(tmp_path, monkeypatch, capsys)
     assert ran[3:] == ["embed"]
 
 
+def test_a_size_of_another_program_begins_anew(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MOE_ARTIFACTS_WORK", str(tmp_path))
+    ran = []
+
+    def in_this_process(words, check):
+        assert main(words[3:]) == 0
+
+    def measured(folder, pictures, batch):
+        ran.append(folder)
+        (folder / "data").touch()
+        return {"rows_per_s": 1.0 * len(ran)}
+
+    monkeypatch.setattr(scale_training, "subprocess", SimpleNamespace(run=in_this_process))
+    for stage in scale_training.STAGES:
+        monkeypatch.setattr(scale_training, stage, measured)
+    out = tmp_path / "out.json"
+    words = ["--rows", str(40 * LEVELS), "--out", str(out)]
+    assert main(words) == main(words) == 0 and len(ran) == 3
+    assert "deleted" not in capsys.readouterr().err
+    sources = scale_training.source_hashes
+    monkeypatch.setattr(
+        scale_training, "source_hashes", lambda start: {**sources(start), "training/embed.py": "0" * 64}
+    )
+    with pytest.raises(
+        InputError, match=r"was made before training/embed\.py changed; leave out --stage to begin anew"
+    ):
+        main([*words[:2], "--stage", "embed"])
+    assert main(words) == 0 and len(ran) == 6
+    assert f"{ran[0]} was made before training/embed.py changed: deleted" in capsys.readouterr().err
+    rates = [row["rows_per_s"] for row in json.loads(out.read_text())["rows"] if row["table"] == "sizes"]
+    assert rates == [4, 5, 6]
+    (ran[0] / "sources.json").unlink()  # as of a run that took no note of them
+    assert main(words) == 0 and len(ran) == 9
+
+
 def test_sizes_are_whole_pictures(capsys):
     with pytest.raises(SystemExit):
         main(["--rows", "10,15"])

@@ -21,8 +21,8 @@ from moe_artifacts.errors import CheckpointError, ConfigError, InputError
 from moe_artifacts.files import read_json, write_json
 from moe_artifacts.preview import LinearPreview
 from tests.some_pairs import trajectory_folders
-from training.band_probe import Bands, Embedded, band_scores
-from training.clip_towers import Towers, build_embedder, load_preview
+from training.band_probe import Bands, Embedded, band_scores, bands_with_both_kinds
+from training.clip_towers import Towers, build_embedder, chosen_weights, load_preview
 from training.clip_tune import TuneRecipe, Tuning, main
 from training.data.pairs import PreviewPairs, read_pairs
 from training.wise_ft import read_provenance
@@ -177,13 +177,17 @@ def uninterrupted(pairs: PreviewPairs, tmp_path_factory: pytest.TempPathFactory)
     return {name: state(out / f"{name}.safetensors") for name in ("noise_tuned", "classified", "embedder")}
 
 
-def test_a_folder_is_not_continued_with_other_options_data_or_weights(pairs: PreviewPairs, tmp_path: Path) -> None:
+def test_a_folder_is_not_continued_with_other_options_data_or_weights(
+    data: Path, pairs: PreviewPairs, tmp_path: Path
+) -> None:
     Tuning(towers(), pairs, SHORT, tmp_path)
     Tuning(towers(), pairs, SHORT, tmp_path)
     with pytest.raises(ConfigError, match="holds a run that differs in noise_lr, mixes;"):
         Tuning(towers(), pairs, dataclasses.replace(SHORT, noise_lr=1.0, mixes=(0.5,)), tmp_path)
     with pytest.raises(ConfigError, match="differs in rows, columns_sha256;"):
         Tuning(towers(), pairs.subset(torch.arange(200)), SHORT, tmp_path)
+    with pytest.raises(ConfigError, match="differs in pictures;"):
+        Tuning(towers(), read_pairs(data, "latents"), SHORT, tmp_path)
     other = towers()
     nn.init.zeros_(other.embedder.clip.logit_scale)
     with pytest.raises(ConfigError, match="differs in plain_sha256;"):
@@ -307,6 +311,13 @@ def test_errors_are_one_line_on_the_command_line(tmp_path: Path, capsys: pytest.
     )
     told = capsys.readouterr().err.strip().splitlines()
     assert len(told) == 1 and told[0].startswith("error: ") and not (tmp_path / "out").exists()
+    given = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--tracker", "none"]
+    for more, expected in (
+        (["--model", "ViT-B-32"], "error: ViT-B-32 needs --pretrained"),
+        (["--model", "x.json", "--device", "gpu"], "error: device 'gpu'"),
+    ):
+        assert main([*given, *more]) == 2
+        assert capsys.readouterr().err.startswith(expected)
 
 
 # --- towers, models and previews -------------------------------------------------------------------------------------
@@ -349,6 +360,18 @@ def test_models_by_name_and_by_file(tmp_path: Path) -> None:
         build_embedder(model, str(tmp_path / "other.safetensors"))
 
 
+def test_a_model_by_its_name_has_random_weights_only_when_asked_for() -> None:
+    with pytest.raises(
+        InputError, match=r"ViT-B-32 needs --pretrained: .*, such as openai, .*; or none, for random ones"
+    ):
+        chosen_weights("ViT-B-32", None)
+    for pretrained in ("openai", "my.safetensors"):
+        assert chosen_weights("ViT-B-32", pretrained) == pretrained
+    assert chosen_weights("ViT-B-32", "none") is None
+    assert chosen_weights("model.json", None) is None and chosen_weights("model.json", "none") is None
+    assert chosen_weights("ViT-Z", None) is None  # build_embedder knows of none
+
+
 def test_latents_need_a_preview_and_previews_none() -> None:
     assert load_preview(None, "previews") is None
     assert isinstance(load_preview("sdxl", "latents"), LinearPreview)
@@ -385,6 +408,13 @@ def test_the_score_is_within_prompts_where_a_prompt_has_both_kinds() -> None:
     assert band_scores(mixed, mixed, bands) == [0.5]
     apart = dataclasses.replace(mixed, prompt=np.arange(40))  # none has both: over all rows
     assert band_scores(mixed, apart, bands)[0] == pytest.approx(0.5 + 20 / 30 / 2)  # 20 of 30 bad above all clean ones
+
+
+def test_an_image_is_bad_where_more_than_half_of_the_raters_saw_artifacts(pairs: PreviewPairs) -> None:
+    rows, bands = torch.arange(6), Bands(1, (-1.0, 1.0))
+    for labels, expected in (([0.5] * 3 + [0.6] * 3, {0}), ([0.5] * 3 + [0.4] * 3, set())):
+        some = dataclasses.replace(pairs.subset(rows), label=torch.tensor(labels))
+        assert bands_with_both_kinds(some, rows, bands) == expected
 
 
 def test_bands_take_in_what_lies_beyond_their_range() -> None:

@@ -281,8 +281,14 @@ def test_meta_that_is_of_something_else_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"00001.meta.json is not that of a trajectory: it lacks steps"):
         open_source(tmp_path)
     write_json(tmp_path / "meta.json", {"levels_per_image": 4, "shards": 1})
-    with pytest.raises(InputError, match=r"meta.json lacks num_steps, pictures; run training.forward_noise anew"):
+    with pytest.raises(InputError, match=r"meta.json lacks num_steps, pictures, show; run training.forward_noise anew"):
         open_source(tmp_path)
+
+
+def test_it_is_told_what_the_pictures_are_of(tmp_path):
+    runs(tmp_path / "runs")
+    for folder, shows in ((tmp_path / "runs", "x0"), (noised(tmp_path / "noised"), "noisy")):
+        assert embed_job(Embed(open_source(folder), embedder()), tmp_path / "out").facts["shows"] == shows
 
 
 def test_shards_that_are_missing_are_told(tmp_path):

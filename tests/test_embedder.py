@@ -116,6 +116,18 @@ def test_texts_agree_with_open_clip(embedder):
 
 
 @functools.cache
+def test_a_prompt_is_tokenized_once_and_not_all_are_kept(embedder, monkeypatch):
+    asked = []
+    tokenizer = embedder.tokenizer
+    monkeypatch.setattr(embedder, "tokenizer", lambda texts: asked.append(texts) or tokenizer(texts))
+    monkeypatch.setattr(embedder, "_tokens", {})
+    monkeypatch.setattr("moe_artifacts.embedder.PROMPTS_KEPT", 3)
+    batches = [["a", "b", "a"], ["b", "c"], ["a", "d"], ["a", "b", "c", "d", "e"]]
+    found = [embedder._tokenize(batch) for batch in batches]
+    assert asked == [["a", "b"], ["c"], ["a", "d"], ["a", "b", "c", "d", "e"]]
+    assert all(torch.equal(tokens, tokenizer(batch)) for tokens, batch in zip(found, batches, strict=True))
+
+
 def _tokenizer(size):
     return _custom_tokenizer({"context_length": 400, "vocab_size": size})
 

@@ -1,18 +1,20 @@
 import hashlib
 import os
 import stat
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from moe_artifacts.errors import InputError
-from moe_artifacts.files import atomic_path, read_json, sha256_file, write_json
+from moe_artifacts.files import atomic_path, read_json, remove_unfinished, sha256_file, write_json
 
 
 def test_the_file_appears_whole_and_nothing_else_stays(tmp_path):
     target = tmp_path / "made" / "a.json"
     with atomic_path(target) as temporary:
-        assert temporary.parent == target.parent and temporary.suffix == ".json"
+        assert temporary.parent.parent == target.parent and temporary.suffix == ".json"
         temporary.write_text("half")
         assert not target.exists()
         temporary.write_text("whole")
@@ -29,6 +31,37 @@ def test_an_error_leaves_what_was_there(tmp_path, error):
         raise error
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+WRITE_TOO_MUCH = """
+import resource, signal, sys
+import numpy as np
+from safetensors.numpy import save_file
+from moe_artifacts.files import atomic_path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    with atomic_path(sys.argv[1]) as temporary:
+        save_file({"a": np.zeros(1000)}, temporary)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_an_os_error_also_where_safetensors_writes(tmp_path):
+    command = [sys.executable, "-c", WRITE_TOO_MUCH, str(tmp_path / "a.safetensors")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert told.startswith(f"cannot write {tmp_path / 'a.safetensors'}: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    (tmp_path / ".a.json-x1y2").mkdir()
+    (tmp_path / ".a.json-x1y2" / "a.json").write_text("half")
+    (tmp_path / ".a.json.bak-x1y2").mkdir()  # of another file
+    write_json(tmp_path / "a.json", 1)
+    remove_unfinished(tmp_path / "a.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.json.bak-x1y2", "a.json"]
 
 
 def test_two_writers_at_once_leave_one_whole_file(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections import Counter
@@ -156,6 +157,18 @@ def test_what_cannot_be_used_is_left_out_and_counted(images: Path, tmp_path: Pat
         "bag/empty.jpg": "picture: empty",
     }
     assert re.search(r"same picture again +1 +392\n", stored_counts(tmp_path / "store"))
+
+
+def test_a_file_whose_name_is_no_text_is_left_out(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    try:
+        Image.new("RGB", (8, 8)).save(folder / "bag" / os.fsdecode(b"caf\xe9.jpg"))
+    except OSError:
+        pytest.skip("this file system has no such names")
+    data = folder_classes(folder, tmp_path / "store")
+    assert len(data.train) + len(data.held_out) == 390
+    assert rejects(tmp_path / "store") == {"bag/caf?.jpg": "file name"}
 
 
 def test_pictures_without_colours_are_grey(tmp_path: Path) -> None:

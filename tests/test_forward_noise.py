@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-import errno
+import dataclasses
 import gzip
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import struct
 import time
@@ -24,6 +25,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from scheduler_cases import CASES
 from scipy.stats import chisquare, kstest
@@ -38,7 +40,7 @@ from training.data.images import BadImage
 from training.data.pairs import read_pairs
 from training.fit_preview import encode
 from training.forward_chain import add_noise, chain_step, draw_levels
-from training.forward_noise import ForwardNoise, NoiseOptions, main, make_preview
+from training.forward_noise import ForwardNoise, NoiseOptions, main, make_preview, noise_job
 from training.image_rows import FashionImages, ImageRow, TableImages
 from training.noise_grids import NoiseGrid, model_scheduler, parse_grids
 from training.row_jobs import parse_shard, shard_files
@@ -541,8 +543,9 @@ def test_a_run_goes_on_with_the_shards_that_are_missing(data):
     assert main(arguments(data, "out")) == 0
     whole = contents(data / "out")
     (data / "out" / "000001.parquet").unlink()  # as if killed before the last of its files was there
-    (data / "out" / ".000001-abc.safetensors").write_bytes(b"half")
-    (data / "out" / ".000001-abc.parquet").write_bytes(b"half")
+    for name in ("000001.safetensors", "000001.parquet"):
+        (data / "out" / f".{name}-abc").mkdir()
+        (data / "out" / f".{name}-abc" / name).write_bytes(b"half")
     (data / "out" / "000000.safetensors").write_bytes(b"untouched")
     assert [path.name for path in shard_files(data / "out")] == ["000000.parquet", "000002.parquet", "000003.parquet"]
     assert main(arguments(data, "out")) == 0
@@ -559,6 +562,37 @@ def test_a_folder_of_another_run_is_refused(data, capsys):
     assert "made with source=" in capsys.readouterr().err
 
 
+def test_a_folder_of_other_weights_by_the_same_name_is_refused(data, capsys):
+    space, factors = space_of_vae(tiny_vaes.kl(), "a"), data / "factors.safetensors"
+    linear = ["--preview", "linear", "--factors", str(factors)]
+    LinearPreview(4).save(factors, space, {})
+    assert main(arguments(data, "out", *linear)) == 0
+    brighter = LinearPreview(4)
+    torch.nn.init.ones_(brighter.factors.bias)
+    brighter.save(factors, space, {})
+    assert main(arguments(data, "out", *linear)) == 2
+    assert "made with preview_sha256=" in capsys.readouterr().err
+    vae = tiny_vaes.kl()
+    torch.nn.init.zeros_(vae.encoder.conv_in.weight)
+    vae.save_pretrained(data / "vae")
+    assert main(arguments(data, "out", *linear)) == 2
+    assert "made with vae_sha256=" in capsys.readouterr().err
+
+
+def test_grids_that_differ_between_their_ends_only_are_told_apart(data):
+    noise, source = forward(schedulers="ddim:10"), TableImages(data / "table.parquet", data)
+    facts = [noise_job(noise, source, data / "out", {}).facts]
+    (grid,) = noise.grids
+    noise.grids = [dataclasses.replace(grid, levels=(*grid.levels[:4], level(0.123), *grid.levels[5:]))]
+    facts.append(noise_job(noise, source, data / "out", {}).facts)
+    assert {name for name in facts[0] if facts[0][name] != facts[1][name]} == {"levels_sha256"}
+
+
+def test_a_device_that_is_none_is_refused_before_anything_is_written(data, capsys):
+    assert main(arguments(data, "out", "--device", "gpu")) == 2
+    assert capsys.readouterr().err.startswith("error: device 'gpu'") and not (data / "out").exists()
+
+
 def test_a_full_disk_leaves_whole_shards_and_a_message(data, capsys, monkeypatch):
     assert main(arguments(data, "whole")) == 0
     written = []
@@ -567,7 +601,7 @@ def test_a_full_disk_leaves_whole_shards_and_a_message(data, capsys, monkeypatch
         written.append(path)
         if len(written) == 3:
             Path(path).write_bytes(b"half of it")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
         return saved(tensors, path)
 
     saved = row_jobs.save_file
@@ -645,7 +679,7 @@ def test_a_run_killed_ten_times_writes_what_an_uninterrupted_one_does(data):
         process.join()
         killed += 1
     assert main(arguments(data, "out", *given)) == 0
-    found = {name: content for name, content in contents(data / "out").items() if not Path(name).name.startswith(".")}
+    found = {name: content for name, content in contents(data / "out").items() if not re.search(r"(^|/)\.", name)}
     assert found == contents(data / "whole")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,16 +20,17 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 import training.generator
 from moe_artifacts.errors import CheckpointError, ConfigError, InputError
+from moe_artifacts.files import read_json, write_json
 from moe_artifacts.judge import load_judge
 from training import judges
 from training.data.columns import read_facts
 from training.data.folder import folder_classes
-from training.generator import GeneratorRecipe, encode, load_vae, train_on_folder, train_vae
+from training.generator import GeneratorRecipe, encode, load_vae, train_denoiser, train_on_folder, train_vae
 from training.generator_models import build_unet, build_vae
 from training.judges import JudgeRecipe, train_judges
 from training.judging import ManifoldLabels, judge_named
@@ -36,6 +40,10 @@ from training.tokenizer import build_tokenizer, fit_context
 ROOT = Path(__file__).parents[1]
 NAMES = ("Ankle_Boot", "bag")
 TINY = GeneratorRecipe(vae_steps=4, vae_batch=4, denoiser_steps=4, denoiser_batch=4, save_every=2)
+JUDGES = (
+    JudgeRecipe(name="first", seed=10, steps=60, batch=32, width=4, feature_dim=16, quantile_method="weibull"),
+    JudgeRecipe(name="second", seed=20, steps=60, batch=32, width=4, feature_dim=16, quantile_method="weibull"),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,11 +95,7 @@ def work(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         run(patch, folder, images)
-        tiny = {"steps": 60, "batch": 32, "width": 4, "feature_dim": 16, "quantile_method": "weibull"}
-        train_judges(
-            folder_classes(images, folder / "images"),
-            (JudgeRecipe(name="first", seed=10, **tiny), JudgeRecipe(name="second", seed=20, **tiny)),
-        )
+        train_judges(folder_classes(images, folder / "images"), JUDGES)
     return folder
 
 
@@ -178,20 +182,74 @@ def test_another_recipe_needs_another_folder(
     work: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(work, tmp_path / "work")
-    with pytest.raises(ConfigError, match="was begun with another recipe"):
+    with pytest.raises(ConfigError, match=r"holds a run that differs in recipe \(see "):
         run(monkeypatch, tmp_path / "work", images, GeneratorRecipe(denoiser_steps=5))
     (tmp_path / "templates.txt").write_text("a {}\nthe {}\none {}\n")
-    with pytest.raises(ConfigError, match="was begun with another templates"):
+    with pytest.raises(ConfigError, match="differs in templates"):
         train_on_folder(images, TINY, templates=tmp_path / "templates.txt")
+    with pytest.raises(ConfigError, match="differs in recipe"):
+        train_vae(GeneratorRecipe(vae_steps=5))
     assert run(monkeypatch, tmp_path / "work", images) == tmp_path / "work" / "pipeline"
+
+
+def test_other_options_need_another_folder_without_images_too(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = use_work(monkeypatch, tmp_path / "work")
+    shutil.copytree(work, folder)
+    command = ["--out", str(folder), "--vae-steps", "4", "--steps"]
+    assert training.generator.main([*command, "4"]) == 2
+    assert "holds a run that differs in images" in capsys.readouterr().err
+    (folder / "generator.json").unlink()  # as of a run of an older version
+    assert training.generator.main([*command, "4"]) == 0
+    assert training.generator.main([*command, "4"]) == 0
+    for more in (["5"], ["4", "--denoiser-lr", "1e-5"], ["4", "--only", "vae", "--vae-lr", "1e-5"]):
+        assert training.generator.main([*command, *more]) == 2
+        assert "holds a run that differs in recipe" in capsys.readouterr().err
+
+
+def breaking(build: Any, step: int) -> Any:
+    """Models of ``build`` with a gradient that is infinite at one step."""
+
+    def built(*args: Any) -> nn.Module:
+        model, steps = build(*args), iter(range(10**6))
+        first = next(model.parameters())
+        first.register_hook(lambda gradient: gradient * math.inf if next(steps) == step else gradient)
+        return model
+
+    return built
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_it_is_saved(
+    work: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_work(monkeypatch, tmp_path)
+    monkeypatch.setattr("training.generator_models.LEVEL_WIDTHS", (16, 16, 16, 32))
+    data = folder_classes(images, work / "images")
+    monkeypatch.setattr(training.generator, "build_vae", breaking(build_vae, 1))
+    told = r"the gradient became (nan|inf) at step 1: start again in another folder \(--out\), with "
+    with pytest.raises(ConfigError, match=told + r"--vae-lr below 0\.0015"):
+        train_vae(TINY, data)
+    monkeypatch.setattr(training.generator, "build_unet", breaking(build_unet, 1))
+    vae = load_vae(work / "vae" / "vae.safetensors")
+    with pytest.raises(ConfigError, match=told + r"--denoiser-lr below 0\.0004"):
+        train_denoiser(TINY, vae, data.train, [["a boot"], ["a bag"]])
+    assert not list(tmp_path.rglob("*.safetensors"))
+    monkeypatch.setattr(judges, "FeatureMaps", breaking(judges.FeatureMaps, 1))
+    with pytest.raises(
+        ConfigError, match=r"the gradient became (nan|inf) at step 1: start again with --lr below 0\.002"
+    ):
+        train_judges(data)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(work: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_work(monkeypatch, work.with_name("nan"))
     data = folder_classes(images, work / "images")
     monkeypatch.setattr(type(data.train), "rgb", lambda self, rows: torch.full((4, 3, 32, 32), torch.nan))
-    with pytest.raises(ConfigError, match="the loss became nan at step 0: lower vae_lr"):
+    with pytest.raises(ConfigError, match=r"the loss became nan at step 0: .*--vae-lr below"):
         train_vae(TINY, data)
+    with pytest.raises(ConfigError, match="vae_lr must be positive, got nan"):
+        GeneratorRecipe(vae_lr=math.nan)
     with pytest.raises(ConfigError, match="denoiser_steps must be at least 1, got 0"):
         GeneratorRecipe(denoiser_steps=0)
 
@@ -206,6 +264,14 @@ def test_the_command_says_what_is_wrong_in_a_line(
         with pytest.raises(SystemExit):
             command(["--size", "64"])
         assert "--images" in capsys.readouterr().err
+
+        def full(*args: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[command.__module__], "folder_classes", full)
+            assert command(["--images", str(images), "--out", str(tmp_path / "work")]) == 2
+        assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
     assert not (tmp_path / "unused").exists()
 
 
@@ -306,7 +372,27 @@ def test_two_judges_are_trained_on_different_pictures_and_kept(work: Path, monke
     assert not torch.equal(first.maps.stages[0][0].weight, second.maps.stages[0][0].weight)
     use_work(monkeypatch, work)
     monkeypatch.setattr(judges, "fashion_classes", None)  # nothing is left to do, hence nothing is read
-    assert train_judges() == (work / "judges" / "first.safetensors", work / "judges" / "second.safetensors")
+    assert train_judges(recipes=JUDGES) == (
+        work / "judges" / "first.safetensors",
+        work / "judges" / "second.safetensors",
+    )
+
+
+def test_a_judge_of_another_recipe_is_not_taken_for_the_one_asked_for(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = use_work(monkeypatch, tmp_path / "work")
+    shutil.copytree(work / "judges", folder / "judges")
+    more = dataclasses.replace(JUDGES[1], steps=3_000)
+    with pytest.raises(ConfigError, match=r"second\.safetensors was trained with steps=60, and 3000 is asked for now"):
+        train_judges(recipes=(JUDGES[0], more))
+    assert judges.main(["--out", str(folder), "--steps", "60"]) == 2
+    assert "first.safetensors was trained with width=4, and 32 is asked for now" in capsys.readouterr().err
+    for name in ("first", "second"):  # as of an older version
+        report = read_json(folder / "judges" / f"{name}.json")
+        del report["recipe"]
+        write_json(folder / "judges" / f"{name}.json", report)
+    assert judges.main(["--out", str(folder), "--steps", "3000"]) == 0
 
 
 def test_references_are_shared_out_evenly_where_there_are_too_many() -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -359,7 +360,7 @@ def test_a_full_disk_is_an_error_and_the_state_before_stays(tmp_path: Path, monk
     def full(tensors: Any, path: Path, metadata: Any) -> None:
         if not next(saves):
             path.write_bytes(b"half")
-            raise training.state.SafetensorError("I/O error: No space left on device (os error 28)")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
         real(tensors, path, metadata)
 
     monkeypatch.setattr(training.state, "save_file", full)

@@ -18,9 +18,9 @@ from moe_artifacts.accumulator import ExitHead
 from moe_artifacts.calibration import Calibration
 from moe_artifacts.config import ExitHeadConfig, LatentSpaceConfig
 from moe_artifacts.errors import CalibrationError, ConfigError, InputError
-from moe_artifacts.files import read_json
+from moe_artifacts.files import read_json, write_json
 from moe_artifacts.guard.guard import ArtifactGuard
-from moe_artifacts.policy import Run
+from moe_artifacts.policy import Run, abort_columns
 from moe_artifacts.preview import LinearPreview
 from moe_artifacts.scorer import ArtifactScorer
 from tests import tiny
@@ -38,7 +38,7 @@ from training.own import train as own_train
 from training.own.choose import Sampling, calibrate_for, check_progress_of, require_trained_levels, sampling_of
 from training.own.cost import measure_check_cost
 from training.own.evaluate import read_test_set
-from training.own.heads_folder import read_heads
+from training.own.heads_folder import read_heads, require_same_embedder
 from training.rules import (
     Promise,
     candidates,
@@ -130,11 +130,9 @@ def test_the_threshold_keeps_its_promise_on_the_images_it_comes_from(road: Road)
     seen = test.score(scorer, test.guarded(scorer))
     rule = scorer.config.threshold
     assert rule is not None
-    paths = seen.paths(rule)
-    column = seen.run(0.0).last_saving
-    aborted = paths.statistic[:, column] >= rule.threshold
-    if paths.clear is None:
-        assert aborted[~seen.bad].mean() <= values["rules"][values["default"]]["max_risk"]
+    paths, run = seen.paths(rule), seen.run(0.0)
+    aborted = abort_columns(run, paths.statistic, rule.threshold, paths.clear)[0] < len(run.calls)
+    assert aborted[~seen.bad].mean() <= values["rules"][values["default"]]["max_risk"] == 0.1
 
 
 def test_the_same_run_again_comes_to_the_same_scorer(road: Road, tmp_path: Path) -> None:
@@ -144,6 +142,20 @@ def test_the_same_run_again_comes_to_the_same_scorer(road: Road, tmp_path: Path)
     assert own.main([*road.arguments(tmp_path / "again"), "--max-risk", "0.1", "--name", "scorer"]) == 0
     for file in sorted(path for path in road.scorer.rglob("*") if path.is_file() and path.name != "evaluation.json"):
         assert (tmp_path / "again" / file.relative_to(road.scorer)).read_bytes() == file.read_bytes(), file.name
+
+
+def test_the_price_of_a_check_is_measured_again_when_it_is_of_something_else(road: Road, tmp_path: Path) -> None:
+    file = tmp_path / "check_cost.json"
+    file.write_text((road.scorer / "check_cost.json").read_text())
+    same = read_json(file)["of"]
+    arguments = [*road.arguments(tmp_path), "--max-risk", "0.1", "--rule", "posterior", "--timed-batch", "2"]
+    assert own.main(arguments) == 0
+    assert read_json(file)["of"] == same | {"images": 2}
+    file.write_text(json.dumps({"check_cost": 0.125, "of": read_json(file)["of"]}))
+    assert own.main(arguments) == 0
+    assert read_json(tmp_path / "rules" / "rules.json")["check_cost"] == 0.125
+    assert own.main([*arguments, "--dtype", "bfloat16"]) == 0
+    assert read_json(file)["of"]["dtype"] == "bfloat16" and read_json(file)["check_cost"] != 0.125
 
 
 def test_images_as_the_unit_and_a_rule_of_choice(
@@ -210,6 +222,17 @@ def test_several_settings_cannot_share_a_threshold(tmp_path: Path) -> None:
     other = EmbeddedRows(write_embedded(tmp_path / "other", Made(setting=SETTING.replace("8", "9"))))
     with pytest.raises(InputError, match=r"certified for one setting, got 2: .*DDIMScheduler"):
         sampling_of(one, other)
+
+
+def test_noised_pictures_and_predictions_do_not_mix(road: Road, tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        folder = write_embedded(tmp_path / name, Made(seed=len(name)))
+        write_json(folder / "meta.json", read_json(folder / "meta.json") | {"shows": "noisy"})
+    _, facts = read_heads(road.heads)
+    with pytest.raises(InputError, match="has embeddings of noisy latents, expected x0 predictions: a scorer looks at"):
+        require_same_embedder(EmbeddedRows(tmp_path / "train"), facts)
+    own_train.train(tmp_path, tmp_path / "heads", dataclasses.replace(own_train.RECIPE, num_experts=2, steps=1))
+    assert read_heads(tmp_path / "heads")[1].shows == "noisy"
 
 
 def test_checks_where_nothing_was_learned_are_refused(tmp_path: Path) -> None:

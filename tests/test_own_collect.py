@@ -37,8 +37,17 @@ from moe_artifacts.trajectory import Trajectory
 from moe_artifacts.trajectory_files import iter_trajectories
 from training.data.filters import FilterCounts
 from training.judging import ScoreJudge
+from training.level_images import TrajectorySource
 from training.own import label as labelling
-from training.own.batches import batch_folders, count_splits, image_names, read_batch, take_rows, write_batch
+from training.own.batches import (
+    batch_folders,
+    count_splits,
+    image_names,
+    read_batch,
+    remove_batch,
+    take_rows,
+    write_batch,
+)
 from training.own.collect import (
     SEEDS_PER_SPLIT,
     CollectOptions,
@@ -48,6 +57,7 @@ from training.own.collect import (
     parse_arguments,
     parse_counts,
 )
+from training.own.evaluate import read_test_set
 from training.own.prompts import SPLITS, PromptSplits
 from training.own.record import (
     PipelineRecorder,
@@ -609,6 +619,63 @@ def test_people_label_what_was_collected_without_a_judge(recorder, pipe, tmp_pat
     assert {name: data for name, data in after.items() if name in unlabelled and name.endswith((".json", "s"))} == {
         name: data for name, data in unlabelled.items() if name.endswith((".json", "s"))
     }
+
+
+@pytest.fixture
+def unlabelled(recorder, tmp_path):
+    return collected(recorder, tmp_path, {"train": 6}, judge=False)
+
+
+def test_labelling_goes_on_where_it_was_killed(unlabelled, monkeypatch):
+    asked = []
+
+    def judge(images, prompts):
+        asked.append(len(images))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return torch.ones(len(images))
+
+    with pytest.raises(KeyboardInterrupt):
+        labelling.label(unlabelled, judge, "judge")
+    with pytest.raises(InputError, match=r"train has 1 of 2 batches: run training.own.collect again"):
+        TrajectorySource(unlabelled / "train")
+    labelling.label(unlabelled, judge, "judge")
+    assert len(asked) == 3  # the first batch was not judged again
+    assert TrajectorySource(unlabelled / "train").shards == 2
+
+
+def test_labels_of_two_judges_do_not_mix(unlabelled):
+    def clean(images, prompts):
+        return torch.zeros(len(images))
+
+    def bad(images, prompts):
+        if len(batch_folders(unlabelled, "train")) == 1:
+            raise KeyboardInterrupt
+        return torch.ones(len(images))
+
+    labelling.label(unlabelled, clean, "module:clean")
+    with pytest.raises(KeyboardInterrupt):
+        labelling.label(unlabelled, bad, "module:bad")
+    [left] = batch_folders(unlabelled, "train")
+    assert read_batch(left)[0].meta["judge"] == "module:bad"
+    labelling.label(unlabelled, clean, "module:clean", {"bad_below": 1.0})
+    assert [read_batch(f)[0].meta["judge"] for f in batch_folders(unlabelled, "train")] == ["module:clean"] * 2
+
+
+def test_a_split_that_is_half_collected_is_refused(recorder, tmp_path):
+    out = collected(recorder, tmp_path, {"train": 6})
+    assert TrajectorySource(out / "train").shards == 2
+    remove_batch(out / "train" / "00000")
+    for read in (TrajectorySource, read_test_set):
+        with pytest.raises(InputError, match=r"train has 1 of 2 batches: run training.own.collect again"):
+            read(out / "train")
+
+
+def test_a_batch_without_a_usable_image_is_not_judged():
+    def model(images, prompts):
+        return torch.stack([torch.ones(()) for _ in images])  # raises where there are none
+
+    assert ScoreJudge(model)([], []).shape == (0,)
 
 
 def test_margins_stand_beside_labels(tmp_path):

@@ -24,7 +24,7 @@ def test_a_folder_becomes_a_guarded_pipeline(tmp_path: Path, monkeypatch: pytest
     command = [str(images), "--out", str(work), "--count", count, "--classify-steps", "20", *TINY]
     assert main(command) == 0
     evaluation = json.loads((work / "own" / "scorer" / "evaluation.json").read_text())
-    assert evaluation["results"]
+    assert {row["table"] for row in evaluation["rows"]} >= {"quality", "rules"}
     pipe = DiffusionPipeline.from_pretrained(work / "pipeline")
     guard = ArtifactGuard(ArtifactScorer.from_pretrained(work / "own" / "scorer"))
     out = guard(pipe, ["a photo of a disc", "a bar"] * 2, num_inference_steps=50, guidance_scale=1.0)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_artifacts.errors import ConfigError, InputError
+from moe_artifacts.files import read_json, write_json
 from tests.own_data import EMBED_DIM, LEVELS, Made, truth, write_embedded
 from training.embedded import EmbeddedRows
 from training.head_data import Subset, at_most, labelled, log_snr_range_of, rows_per_band
@@ -223,6 +224,26 @@ def test_another_recipe_does_not_go_on_with_a_run(embedded: Path, tmp_path: Path
         own.train(embedded, tmp_path, dataclasses.replace(SMALL, steps=2))
 
 
+def test_other_labels_do_not_go_on_with_a_run(tmp_path: Path) -> None:
+    embedded = splits(tmp_path / "embedded")
+    own.train(embedded, tmp_path / "heads", dataclasses.replace(SMALL, steps=1))
+    write_embedded(embedded / "validation", Made(images=200, seed=1))  # some labels were wrong, say
+    meta = read_json(embedded / "validation" / "meta.json")
+    write_json(embedded / "validation" / "meta.json", meta | {"source": {"sha256": "another"}})
+    with pytest.raises(ConfigError, match="holds heads that differ in validation_sha256;"):
+        own.train(embedded, tmp_path / "heads", dataclasses.replace(SMALL, steps=1))
+
+
+def test_a_mistake_in_the_options_leaves_the_folder_free(embedded: Path, tmp_path: Path) -> None:
+    small = ["--steps", "1", "--num-experts", "2", "--hidden-dim", "8", "--tracker", "none"]
+    command = [str(embedded), "--out", str(tmp_path / "heads"), *small]
+    assert own.main([*command, "--log-snr-range", "5", "-5"]) == 2
+    assert own.main([*command, "--dropout", "1"]) == 2
+    assert not (tmp_path / "heads").exists()
+    assert own.main([*command, "--log-snr-range", "-5.5", "6"]) == 0
+    assert read_heads(tmp_path / "heads")[1].space.log_snr_range == (-5.5, 6.0)
+
+
 def test_embeddings_of_two_embedders_are_refused(tmp_path: Path) -> None:
     write_embedded(tmp_path / "train")
     write_embedded(tmp_path / "validation", Made(seed=1, embedder="two"))
@@ -268,6 +289,6 @@ def test_the_command_line(embedded: Path, tmp_path: Path, capsys: pytest.Capture
     assert (facts.recipe.num_experts, facts.recipe.rare_weight) == (2, own.RECIPE.rare_weight)
     assert np.isfinite([p.abs().max().item() for p in heads.parameters()]).all()
 
-    for wrong in ([str(tmp_path)], [str(embedded), "--log-snr-range", "low"], [str(embedded), "--batch", "0"]):
+    for wrong in ([str(tmp_path)], [str(embedded), "--device", "abacus"], [str(embedded), "--batch", "0"]):
         assert own.main([*wrong, "--out", str(tmp_path / "other"), "--tracker", "none"]) == 2
         assert capsys.readouterr().err.startswith("error: ")

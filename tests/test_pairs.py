@@ -13,10 +13,11 @@ from torch import Tensor
 
 import training.data.pairs
 from moe_artifacts.errors import InputError
+from moe_artifacts.files import write_json
 from tests.some_pairs import LEVELS, trajectory
 from training.data.pairs import MicroBatches, PreviewPairs, RowSampler, hold_out, read_pairs
 from training.noised_shards import COLUMNS
-from training.row_jobs import ShardRows, write_shard
+from training.row_jobs import META, ShardRows, write_shard
 
 NAN = math.nan
 
@@ -102,6 +103,7 @@ def test_shards_of_forward_noise_are_read_as_previews_in_0_to_1(tmp_path: Path) 
     shard(tmp_path, 0, ["a", "ü"], previews=previews[:2], latents=latents[:2])
     shard(tmp_path, 1, [])
     shard(tmp_path, 2, ["a", "b", ""], previews=previews[2:], latents=latents[2:])
+    write_json(tmp_path / META, {"shards": 3})
     pairs = read_pairs(tmp_path)
     assert (pairs.kind, pairs.prompts, pairs.prompt.tolist()) == ("previews", ["a", "ü", "b", ""], [0, 1, 0, 2, 3])
     assert pairs.log_snr.tolist() == [0, 1, 0, 1, 2]
@@ -112,12 +114,39 @@ def test_shards_of_forward_noise_are_read_as_previews_in_0_to_1(tmp_path: Path) 
 def test_shards_without_previews_are_read_as_latents(tmp_path: Path) -> None:
     latents = torch.randn(2, 4, 2, 2).half()
     shard(tmp_path, 0, ["a", "b"], latents=latents)
+    write_json(tmp_path / META, {"shards": 1})
     pairs = read_pairs(tmp_path)
     assert pairs.kind == "latents"
     assert torch.equal(pairs.batch(torch.tensor([1, 0])).images, latents[[1, 0]].float())
     shard(tmp_path, 1, ["a"], previews=torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
+    write_json(tmp_path / META, {"shards": 2})
     with pytest.raises(InputError, match="all with previews or all without"):
         read_pairs(tmp_path)
+
+
+def test_shards_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
+    shard(tmp_path, 0, ["a"], latents=torch.zeros(1, 4, 2, 2))
+    with pytest.raises(InputError, match=r"cannot read .*meta.json"):
+        read_pairs(tmp_path)
+    write_json(tmp_path / META, {"shards": 2})
+    with pytest.raises(InputError, match="has 1 of 2 shards; run the stage that writes it again"):
+        read_pairs(tmp_path)
+
+
+def test_facts_tell_pictures_from_others(tmp_path: Path) -> None:
+    run = trajectory(["a", "b"])
+    run.save(tmp_path / "run")
+    found = [read_pairs(tmp_path, which).facts for which in ("x0", "latents", "x0")]
+    dataclasses.replace(run, seeds=[1, 2]).save(tmp_path / "run")  # rows of the same columns
+    found.append(read_pairs(tmp_path).facts)
+    assert found[0] == found[2] and found[0] not in (found[1], found[3])
+    assert read_pairs(tmp_path).subset(torch.tensor([0])).facts == found[3]
+    noised = []
+    for seed in (0, 1):
+        shard(tmp_path / "noised", 0, ["a"], latents=torch.zeros(1, 4, 2, 2))
+        write_json(tmp_path / "noised" / META, {"shards": 1, "seed": seed})
+        noised.append(read_pairs(tmp_path / "noised").facts)
+    assert noised[0] != noised[1] and noised[0]["images"] == "latents"
 
 
 def test_a_file_that_is_damaged_later_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from moe_artifacts.errors import InputError, LatentSpaceError
@@ -205,7 +206,7 @@ def test_a_full_disk_ends_the_run_and_leaves_whole_shards(tmp_path, monkeypatch)
     def save(tensors, path):
         if "000003" in str(path):
             Path(path).write_bytes(b"half of it")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
         saved(tensors, path)
 
     saved = row_jobs.save_file

@@ -154,10 +154,11 @@ def test_resuming_removes_what_a_killed_run_left_and_nothing_else(run):
     for name in (
         "images/p00002-a0000.png",  # its wave was not committed
         "audited/p00002-a0001.png",
-        "images/.p00002-a0000-x3k_9f1b.png",
-        "waves/.000002-abcd_123.json",
-        ".run-0a1b2c3d.json",
+        "images/.p00002-a0000.png-x3k_9f1b/p00002-a0000.png",
+        "waves/.000002.json-abcd_123/000002.json",
+        ".run.json-0a1b2c3d/run.json",
     ):
+        (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_bytes(b"half")
     with RunWriter(run, settings()):
         pass
@@ -214,7 +215,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_a_run_killed_while_it_wrote_its_first_file_can_be_started_again(tmp_path):
-    (tmp_path / ".run-0a1b2c3d.json").write_text("{")
+    (tmp_path / ".run.json-0a1b2c3d").mkdir()
+    (tmp_path / ".run.json-0a1b2c3d" / "run.json").write_text("{")
     with RunWriter(tmp_path, settings()):
         pass
     assert list(files(tmp_path)) == ["run.json"]

@@ -52,6 +52,22 @@ def test_steps_one_by_one_equal_the_whole_trajectory(use_noisy):
         assert score.finite.all()
 
 
+def test_a_scorer_of_noisy_latents_sees_nothing_else():
+    scorer, x0 = tiny_scorer(shows="noisy"), latents()
+    recorded = trajectory(x0)
+    whole = scorer.score(recorded).scores["cumulative_artifact_prob"]
+    other = scorer.score(dataclasses.replace(recorded, x0=latents(seed=1))).scores["cumulative_artifact_prob"]
+    assert torch.equal(whole, other)
+    as_prediction = tiny_scorer().score(dataclasses.replace(recorded, x0=recorded.latents))
+    assert torch.equal(whole, as_prediction.scores["cumulative_artifact_prob"])
+    session = scorer.session(5, PROMPTS)
+    for t, log_snr in enumerate(LOG_SNRS):
+        score = session.step(x0=x0[:, t], log_snr=log_snr, latents=x0.flip(0)[:, t])
+        torch.testing.assert_close(score.cumulative_artifact_prob, whole[:, t], atol=1e-5, rtol=1e-4)
+    with pytest.raises(InputError, match="looks at the noisy latents: pass latents, or record them"):
+        scorer.score(dataclasses.replace(recorded, latents=None))
+
+
 def test_rows_that_leave_do_not_change_the_others():
     scorer, x0 = tiny_scorer(), latents()
     whole = scorer.score(trajectory(x0)).scores["cumulative_artifact_prob"]

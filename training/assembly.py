@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -27,6 +27,7 @@ def assemble(
     calibration: Calibration,
     exit_head: ExitHead,
     check_progress: tuple[float, ...],
+    shows: Literal["x0", "noisy"] = "x0",
     provenance: dict[str, Any] | None = None,
 ) -> ArtifactScorer:
     """All parts in one scorer, without a threshold.
@@ -34,6 +35,7 @@ def assemble(
     Args:
         label: What "has artifacts" means, in words.
         preview: Of ``moe_artifacts.preview``; linear factors become part of the scorer, an autoencoder stays the user's own.
+        shows: What the previews are of.
         check_progress: Where to look, rising in [0, 1]; the last step is looked at in any case.
     """
     space = heads.space
@@ -49,6 +51,7 @@ def assemble(
         exit_head=exit_head.config,
         log_snr_range=space.log_snr_range,
         check_progress=check_progress,
+        shows=shows,
         provenance=provenance or {},
     )
     linear = isinstance(preview, LinearPreview)

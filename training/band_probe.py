@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_artifacts.shapes import PerImage, Rows
 from training.clip_towers import Towers
 from training.data.pairs import MicroBatches, PreviewPairs
+from training.head_data import is_bad
 from training.metrics import auroc
 
 
@@ -39,13 +40,8 @@ class Bands:
 
 def bands_with_both_kinds(pairs: PreviewPairs, rows: Rows, bands: Bands) -> set[int]:
     """Bands in which some of the rows are bad and others are not."""
-    band, bad = bands.of(pairs.log_snr[rows]), is_bad(pairs.label[rows])
+    band, bad = bands.of(pairs.log_snr[rows]).numpy(), is_bad(pairs.label[rows])
     return set(band[bad].tolist()) & set(band[~bad].tolist())
-
-
-def is_bad(label: PerImage) -> Bool[Tensor, " batch"]:
-    """Where at least half of the raters saw artifacts."""
-    return label >= 0.5
 
 
 @dataclass(frozen=True)
@@ -95,5 +91,5 @@ def embed_rows(towers: Towers, pairs: PreviewPairs, rows: Rows, bands: Bands, mi
         image, text = towers(batch)
         # The product tells what neither can by itself: whether the image fits its prompt.
         features.append(torch.cat([image, image * text], dim=1).cpu())
-    columns = (torch.cat(features), is_bad(pairs.label[rows]), pairs.prompt[rows], bands.of(pairs.log_snr[rows]))
-    return Embedded(*(column.numpy() for column in columns))
+    prompt, band = pairs.prompt[rows].numpy(), bands.of(pairs.log_snr[rows]).numpy()
+    return Embedded(torch.cat(features).numpy(), is_bad(pairs.label[rows]), prompt, band)

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from moe_artifacts.config import EmbedderConfig, ExpertsConfig
 from moe_artifacts.embedder import ClipEmbedder
+from moe_artifacts.errors import ConfigError
 from moe_artifacts.experts import Experts
 from moe_artifacts.files import atomic_path, write_json
 from moe_artifacts.preview import LinearPreview, r2
@@ -123,7 +125,11 @@ def fit_preview(pipe: Any, stage: Stage) -> LinearPreview:
 
 
 def train_contrastive(recipe: ClipRecipe, data: Recorded) -> Path:
-    """Part 1; writes ``contrastive.safetensors``."""
+    """Part 1; writes ``contrastive.safetensors``.
+
+    Raises:
+        ConfigError: If the loss or its gradient stops being a number.
+    """
     stage = Stage("clip-contrastive")
     result = stage.folder / "contrastive.safetensors"
     if result.exists():
@@ -157,8 +163,11 @@ def train_contrastive(recipe: ClipRecipe, data: Recorded) -> Path:
                 image, text = model(x0), model.embedder.embed_texts(texts)
             scale = model.embedder.clip.logit_scale.exp().clamp(max=100)
             loss = multi_positive_loss(image.float(), text.float(), scale, group)
+            _require_finite("loss", loss, step, "contrastive_lr", stage)
             optimizer.zero_grad()
             loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # clips nothing
+            _require_finite("gradient", norm, step, "contrastive_lr", stage)
             optimizer.step()
             bar.update()
             if (step + 1) % 50 == 0:
@@ -183,7 +192,11 @@ def multi_positive_loss(image: Tensor, text: Tensor, scale: Tensor, group: Tenso
 
 
 def finetune(recipe: ClipRecipe, data: Recorded, validation: Recorded, start_from: Path) -> Path:
-    """Part 2; writes ``finetuned.safetensors``. WiSE-FT, not early stopping, keeps it from going too far."""
+    """Part 2; writes ``finetuned.safetensors``. WiSE-FT, not early stopping, keeps it from going too far.
+
+    Raises:
+        ConfigError: If the loss or its gradient stops being a number.
+    """
     stage = Stage("clip-finetune")
     result = stage.folder / "finetuned.safetensors"
     if result.exists():
@@ -210,11 +223,11 @@ def finetune(recipe: ClipRecipe, data: Recorded, validation: Recorded, start_fro
             with torch.autocast("cpu", torch.bfloat16):
                 logit, margin = head(model(x0), _embed_texts(model, data, rows), log_snr)
                 loss = artifact_loss(logit.float(), margin.float(), data.margin[rows], recipe.margin_weight)
-            if not loss.isfinite():
-                raise RuntimeError(f"the loss became {loss.item()} at step {step}: lower finetune_lr and start again")
+            _require_finite("loss", loss, step, "finetune_lr", stage)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            _require_finite("gradient", norm, step, "finetune_lr", stage)
             optimizer.step()
             bar.update()
             if (step + 1) % 250 == 0 or step + 1 == recipe.finetune_steps:
@@ -307,6 +320,13 @@ def _probe(recipe: ClipRecipe, model: PreviewClip, data: Recorded, validation: R
         optimizer.step()
     scores = validation_auroc(model, head, validation)
     return sum(scores.values()) / len(scores)
+
+
+def _require_finite(what: str, value: Tensor, step: int, rate: str, stage: Stage) -> None:
+    if not value.isfinite():
+        raise ConfigError(
+            f"the {what} became {value.item()} at step {step}: lower {rate} of ClipRecipe, delete {stage.folder} and start again"
+        )
 
 
 def _pick(options: list[str], generator: torch.Generator) -> str:

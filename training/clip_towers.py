@@ -70,6 +70,26 @@ class Head(nn.Module):
         return self.experts(features, log_snr.to(image.device), image.new_zeros(len(image), 0))[0]
 
 
+def chosen_weights(model: str, pretrained: str | None) -> str | None:
+    """What ``--pretrained`` says, for :func:`build_embedder`.
+
+    Args:
+        pretrained: Also "none", for random weights, as a configuration has without it.
+    Raises:
+        InputError: If a model by its name comes without: with random weights it would be trained for nothing.
+    """
+    if pretrained is None and not model.endswith(".json"):
+        import open_clip
+
+        if open_clip.get_model_config(model) is not None:  # otherwise build_embedder says that there is none
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)[:6])
+            raise InputError(
+                f"{model} needs --pretrained: a tag of open_clip{tags and f', such as {tags}'}; a .safetensors file of its "
+                "weights; or none, for random ones"
+            )
+    return None if pretrained == "none" else pretrained
+
+
 def build_embedder(model: str, pretrained: str | None = None, seed: int = 0) -> ClipEmbedder:
     """An open_clip model by its name, or of a configuration in a JSON file.
 

@@ -1,7 +1,7 @@
 """Tune a CLIP model to the previews of one's own pipeline: to noise, to the verdict, and as far between as validation says.
 
-``python -m training.clip_tune --model ViT-B-32|CONFIG.json [--pretrained TAG|FILE] --data FOLDER --preview FILE --out FOLDER``
-runs three parts, each resumable, on trajectories or on shards of :mod:`training.forward_noise` (:mod:`training.data.pairs`):
+``python -m training.clip_tune --model ViT-B-32 --pretrained TAG --data FOLDER --preview FILE --out FOLDER`` runs three parts, each
+resumable, on trajectories or on shards of :mod:`training.forward_noise` (:mod:`training.data.pairs`):
 
 1. noise tuning: image and text tower on previews of all noise levels and their prompts, with the loss of CLIP or SigLIP. The
    batch may be as large as one likes: memory is that of ``--micro-batch`` (:mod:`training.cached_contrastive`).
@@ -42,10 +42,10 @@ from moe_artifacts.files import read_json, write_json
 from moe_artifacts.shapes import Embedding, Rows
 from training.band_probe import Bands, band_scores, bands_with_both_kinds, embed_rows
 from training.cached_contrastive import cached_backward, clip_loss, siglip_loss
-from training.clip_towers import Head, Towers, build_embedder, load_preview
+from training.clip_towers import Head, Towers, build_embedder, chosen_weights, load_preview
 from training.data.pairs import MicroBatches, PreviewPairs, RowSampler, hold_out, read_pairs
 from training.loop import StepBatch, TrainingLoop, cosine_schedule
-from training.processes import Processes
+from training.processes import Processes, checked_device
 from training.state import step_generator
 from training.wise_ft import MIXES, as_rows, best_mix, best_per_band, sweep, write_mix
 from training.workspace import open_tracker
@@ -295,6 +295,7 @@ class Tuning:
             "embedder": to_dict(self.towers.embedder.config),
             "plain_sha256": self.towers.embedder.weights_sha256(),
             "preview_sha256": None if preview is None else state_sha256(preview.state_dict()),
+            "pictures": pairs.facts,
             "rows": len(pairs),
             "columns_sha256": state_sha256({name: getattr(pairs, name) for name in ("prompt", "log_snr", "label")}),
         }
@@ -322,7 +323,10 @@ def _parameter_groups(module: nn.Module, lr: float, weight_decay: float) -> list
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a name of open_clip, or a configuration of it, .json")
-    parser.add_argument("--pretrained", help="tag of open_clip, or .safetensors file; by default random weights")
+    parser.add_argument(
+        "--pretrained",
+        help="tag of open_clip, .safetensors file, or none: random weights, which a configuration has by default",
+    )
     parser.add_argument("--data", required=True, type=Path, help="folder of trajectories or of training.forward_noise")
     parser.add_argument("--images", choices=("x0", "latents"), default="x0", help="of trajectories (%(default)s)")
     parser.add_argument(
@@ -345,9 +349,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         recipe = TuneRecipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TuneRecipe)})
+        device = checked_device(args.device)
+        pretrained = chosen_weights(args.model, args.pretrained)
         pairs = read_pairs(args.data, args.images)
-        embedder = build_embedder(args.model, args.pretrained, recipe.seed)
-        towers = Towers(embedder, load_preview(args.preview, pairs.kind), recipe.precision).to(args.device)
+        embedder = build_embedder(args.model, pretrained, recipe.seed)
+        towers = Towers(embedder, load_preview(args.preview, pairs.kind), recipe.precision).to(device)
         path = Tuning(towers, pairs, recipe, args.out, args.tracker).run()
     except (MoeArtifactsError, OSError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)

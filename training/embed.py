@@ -5,7 +5,8 @@
 them. The embedder is a folder of :mod:`training.clip_tune`, a scorer (a folder or a bundled name, with its preview), or an
 open_clip model by its name or configuration. Latents need a preview: ``--preview``, or that of the scorer.
 
-    meta.json                   embed_dim; checks, the most levels an image has; preview_sha256, embedder_sha256; source
+    meta.json                   embed_dim; checks, the most levels an image has; shows, whether the pictures are of x0
+                                predictions or of noisy latents; preview_sha256, embedder_sha256; source
     000000.parquet              one row per image: key, prompt, label and margin (null: not known), setting (JSON, or ""),
                                 num_steps
     000000.safetensors          embedding float16 [image check embed], log_snr float32 [image check] and step int32
@@ -40,6 +41,7 @@ from moe_artifacts.preview import LinearPreview
 from moe_artifacts.shapes import Embedding
 from training.clip_towers import build_embedder, load_preview
 from training.level_images import LevelImage, LevelSource, open_source
+from training.processes import checked_device
 from training.row_jobs import RowJob, ShardRows, add_run_options, in_batches, run_command
 
 COLUMNS = pa.schema(
@@ -97,7 +99,8 @@ class Embed:
         """What the rows depend on besides the source, as JSON values."""
         preview = None if self.preview is None else state_sha256(self.preview.state_dict())
         weights = {"preview_sha256": preview, "embedder_sha256": self.embedder.weights_sha256()}
-        return {"embed_dim": self.embedder.config.embed_dim, "checks": self.source.checks, **weights}
+        own = {"embed_dim": self.embedder.config.embed_dim, "checks": self.source.checks, "shows": self.source.shows}
+        return {**own, **weights}
 
     def _batch(self, images: list[LevelImage]) -> ShardRows:
         """Some images; all their pictures go through the tower together, ``batch`` at a time."""
@@ -207,7 +210,7 @@ class _FromArguments(Embed):
         embedder, preview = load_embedder(args.embedder, args.pretrained)
         if args.preview is not None or source.kind == "previews" or preview is None:
             preview = load_preview(args.preview, source.kind)
-        super().__init__(source, embedder, preview, args.batch, args.device)
+        super().__init__(source, embedder, preview, args.batch, str(checked_device(args.device)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _FromArguments, (self.args,)

@@ -33,6 +33,7 @@ from moe_artifacts.preview import LinearPreview
 from moe_artifacts.preview_fit import FactorFit, PreviewError
 from moe_artifacts.shapes import Latents, Preview
 from training.data.images import BadImage, image_files, read_image
+from training.processes import checked_device
 
 VAES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderDC", "AutoencoderTiny")
 
@@ -240,12 +241,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = FitOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(FitOptions)})
         vae = load_vae(args.vae, args.revision)
         space = space_for(vae, args.space)
-        preview, report = fit_preview(vae, args.images, options, args.device)
+        preview, report = fit_preview(vae, args.images, options, str(checked_device(args.device)))
         facts = {"vae": args.vae, "revision": args.revision, **dataclasses.asdict(options)}
         facts |= {f"{name}_images": getattr(report, name) for name in ("fitted", "held_out", "duplicates")}
         facts |= {"broken_images": len(report.broken), "r2": report.r2, "psnr": report.psnr}
         preview.save(args.out, space, facts)
-    except MoeArtifactsError as error:
+    except (MoeArtifactsError, OSError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_artifacts.config import LatentSpaceConfig, to_dict
-from moe_artifacts.embedder import resize_and_crop
+from moe_artifacts.embedder import resize_and_crop, state_sha256
 from moe_artifacts.errors import InputError, LatentSpaceError
 from moe_artifacts.preview import LinearPreview, TinyPreview, VaePreview
 from moe_artifacts.seeds import attempt_seed
@@ -41,6 +41,7 @@ from training.forward_chain import NoiseKind, add_noise, draw_levels
 from training.image_rows import FashionImages, ImageRow, ImageSource, TableImages
 from training.noise_grids import NoiseGrid, model_scheduler, parse_grids
 from training.noised_shards import COLUMNS
+from training.processes import checked_device
 from training.row_jobs import RowJob, ShardRows, add_run_options, in_batches, run_command
 
 
@@ -200,7 +201,10 @@ def noise_job(
         "log_snr_range_and_levels": {
             grid.name: [grid.levels[0].log_snr, grid.levels[-1].log_snr, len(grid.levels)] for grid in noise.grids
         },
+        "levels_sha256": {grid.name: _levels_sha256(grid) for grid in noise.grids},
         "num_steps": {grid.name: max(grid.steps) + 1 for grid in noise.grids},
+        "vae_sha256": state_sha256(noise.vae.state_dict()),
+        "preview_sha256": None if noise.preview is None else state_sha256(noise.preview.state_dict()),
         "pictures": "latents" if noise.preview is None else "previews",  # for who can take either
     }
     return RowJob(
@@ -210,6 +214,12 @@ def noise_job(
         facts=told,
         shard=shard or partial(noised_shard, noise, source),
     )
+
+
+def _levels_sha256(grid: NoiseGrid) -> str:
+    """In float32: the last bits of the schedule may be others on another machine."""
+    levels = torch.tensor([(level.alpha, level.sigma) for level in grid.levels])
+    return state_sha256({"steps": torch.tensor(grid.steps), "levels": levels})
 
 
 def noised_shard(noise: ForwardNoise, source: ImageSource, number: int) -> ShardRows:
@@ -276,15 +286,18 @@ class _FromArguments:
         self.noise = ForwardNoise(vae, self.space, grids, preview, options, args.batch_size)
 
     def __call__(self, number: int) -> ShardRows:
+        device = checked_device(self.args.device)  # not before: where Ray is started there may be no such device
         for module in (self.noise.vae, self.noise.preview):
             if module is not None:
-                module.to(self.args.device)  # not before: where Ray is started there may be no such device
+                module.to(device)
         return noised_shard(self.noise, self.source, number)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _FromArguments, (self.args,)
 
     def job(self) -> RowJob:
+        if not self.args.ray:
+            checked_device(self.args.device)
         names = ("vae", "revision", "preview", "factors", "decoder")
         facts = {name: getattr(self.args, name) for name in names} | {"latent_space": to_dict(self.space)}
         return noise_job(self.noise, self.source, self.args.out, facts, self)

@@ -5,7 +5,7 @@
 
 The second writes ``WORK/pipeline``, a StableDiffusionPipeline folder, ``WORK/prompts.parquet`` for ``training.own.collect``, and
 ``WORK/classes.json``, by which a judge of ``training.judges`` finds the class of a prompt. Each part resumes from its last
-saved state.
+saved state, with the options that it was begun with (``WORK/generator.json``).
 
 Latent diffusion after Rombach et al. (arXiv:2112.10752), velocity prediction after Salimans and Ho (arXiv:2202.00512),
 prompt dropout for classifier-free guidance after Ho and Salimans (arXiv:2207.12598).
@@ -41,6 +41,7 @@ from training.data.fashion import LabelledImages, to_rgb
 from training.data.folder import SIZES, folder_classes, stored_counts
 from training.data.prompts import CLASS_NAMES, prompts_of
 from training.generator_models import assemble, build_scheduler, build_text_encoder, build_unet, build_vae
+from training.processes import checked_device
 from training.state import load_state, save_state, step_generator
 from training.tokenizer import build_tokenizer, fit_context
 from training.workspace import Stage, progress, work_folder
@@ -67,6 +68,9 @@ class GeneratorRecipe:
         for name in ("vae_steps", "denoiser_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("vae_lr", "denoiser_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 def train_vae(recipe: GeneratorRecipe, data: ClassImages | None = None, device: str = "cpu") -> Path:
@@ -75,8 +79,9 @@ def train_vae(recipe: GeneratorRecipe, data: ClassImages | None = None, device: 
     Args:
         data: Fashion-MNIST where it is not given.
     Raises:
-        ConfigError: If the loss stops being a number.
+        ConfigError: If the loss or its gradient stops being a number, or the work folder holds a run with another recipe.
     """
+    _same_run({"recipe": asdict(recipe)})
     stage = Stage("vae")
     result = stage.folder / "vae.safetensors"
     if result.exists():
@@ -105,10 +110,11 @@ def train_vae(recipe: GeneratorRecipe, data: ClassImages | None = None, device: 
             kl = posterior.kl().float().mean() / posterior.mean[0].numel()
             # Edges carry the garment's outline: the gradient term keeps them sharper than plain L1 does.
             loss = error.abs().mean() + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean() + 1e-4 * kl
-            _require_finite(loss, step, "vae_lr")
+            _require_finite("loss", loss, step, f"--vae-lr below {recipe.vae_lr}")
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            _require_finite("gradient", norm, step, f"--vae-lr below {recipe.vae_lr}")
             optimizer.step()
             ema.update_parameters(vae)
             bar.update()
@@ -170,8 +176,9 @@ def train_denoiser(
         dtype: Of the weights in the folder.
     Raises:
         InputError: If the tokenizer cannot tell two classes apart by their prompts.
-        ConfigError: If the loss stops being a number.
+        ConfigError: If the loss or its gradient stops being a number, or the work folder holds a run with another recipe.
     """
+    _same_run({"recipe": asdict(recipe)})
     stage = Stage("denoiser")
     result = work_folder() / "pipeline"
     if result.exists():
@@ -218,10 +225,11 @@ def train_denoiser(
                 noisy = (alpha * x0 + sigma * noise).to(device, memory_format=torch.channels_last)
                 predicted = unet(noisy, timesteps.to(device), states).sample
             loss = F.mse_loss(predicted.float(), velocity.to(device))
-            _require_finite(loss, step, "denoiser_lr")
+            _require_finite("loss", loss, step, f"--denoiser-lr below {recipe.denoiser_lr}")
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+            norm = nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+            _require_finite("gradient", norm, step, f"--denoiser-lr below {recipe.denoiser_lr}")
             optimizer.step()
             ema.update_parameters(both)
             running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
@@ -251,14 +259,14 @@ def train_on_folder(
         templates: A text file; see ``training.data.class_prompts``.
     Raises:
         InputError: If the folder or the templates cannot be used.
-        ConfigError: If the work folder holds a pipeline that was begun with another recipe.
+        ConfigError: If the work folder holds a pipeline that was begun with other images, another recipe or other templates.
     """
     work = work_folder()
     chosen = TEMPLATES if templates is None else read_templates(templates)
     data = folder_classes(images, work / "images", size, recipe.seed)
     names = [name for name, *_ in data.names]
     clear = clear_templates(names, chosen)
-    _same_run(work / "generator.json", {"recipe": asdict(recipe), "templates": list(clear)})
+    _same_run({"images": str(images.resolve()), "recipe": asdict(recipe), "templates": list(clear)})
     write_json(work / "classes.json", [list(name) for name in data.names])
     left_out = [template for template in chosen if template not in clear]
     write_table(prompts_table(names, clear), work / "prompts.parquet", {"templates_left_out": left_out})
@@ -274,20 +282,23 @@ def _tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     return tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def _same_run(path: Path, run: dict[str, object]) -> None:
-    """Keep what a run was begun with; its state fits no other."""
-    if path.exists() and (before := read_json(path)) != run:
-        changed = [name for name in run if before.get(name) != run[name]]
+def _same_run(run: dict[str, object]) -> None:
+    """Keep what the run in the work folder was begun with, as far as it is known; its state fits no other."""
+    path = work_folder() / "generator.json"
+    before = read_json(path) if path.exists() else {}
+    if changed := [name for name in run if before.get(name, run[name]) != run[name]]:
         raise ConfigError(
-            f"{path.parent} was begun with another {' and '.join(changed)} (see {path}): go on with the same, or use "
-            "another folder for the output"
+            f"{path.parent} holds a run that differs in {', '.join(changed)} (see {path}); use what it was started with, or "
+            "another folder (--out)"
         )
-    write_json(path, run)
+    write_json(path, before | run)
 
 
-def _require_finite(loss: Tensor, step: int, rate: str) -> None:
-    if not loss.isfinite():
-        raise ConfigError(f"the loss became {loss.item()} at step {step}: lower {rate} and start again")
+def _require_finite(what: str, value: Tensor, step: int, rate: str) -> None:
+    if not value.isfinite():
+        raise ConfigError(
+            f"the {what} became {value.item()} at step {step}: start again in another folder (--out), with {rate}"
+        )
 
 
 def _warm_cosine(step: int, total: int, warmup: int) -> float:
@@ -305,6 +316,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--steps", type=int, default=GeneratorRecipe.denoiser_steps, help="of the denoiser (%(default)s)"
     )
     parser.add_argument("--vae-steps", type=int, default=GeneratorRecipe.vae_steps, help="of the VAE (%(default)s)")
+    parser.add_argument(
+        "--denoiser-lr", type=float, default=GeneratorRecipe.denoiser_lr, help="learning rate (%(default)s)"
+    )
+    parser.add_argument("--vae-lr", type=float, default=GeneratorRecipe.vae_lr, help="learning rate (%(default)s)")
     parser.add_argument("--templates", type=Path, help="prompts of --images, one a line, with {} for the class; the last "
                         "third is held out")  # fmt: skip
     parser.add_argument("--seed", type=int, default=GeneratorRecipe.seed, help="(%(default)s)")
@@ -318,14 +333,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.out is not None:
         os.environ["MOE_ARTIFACTS_WORK"] = str(args.out)
     try:
-        recipe = GeneratorRecipe(seed=args.seed, vae_steps=args.vae_steps, denoiser_steps=args.steps)
+        checked_device(args.device)
+        recipe = GeneratorRecipe(
+            seed=args.seed,
+            vae_steps=args.vae_steps,
+            vae_lr=args.vae_lr,
+            denoiser_steps=args.steps,
+            denoiser_lr=args.denoiser_lr,
+        )
         if args.images is not None:
             print(train_on_folder(args.images, recipe, args.size, args.templates, args.device))
             return 0
+        _same_run({"images": "Fashion-MNIST"})
         vae_path = train_vae(recipe, device=args.device)
         if args.only != "vae":
             print(train_denoiser(recipe, load_vae(vae_path), device=args.device))
-    except MoeArtifactsError as error:
+    except (MoeArtifactsError, OSError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

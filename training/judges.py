@@ -12,10 +12,11 @@ of the held-out images and are confirmed on the other half.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from moe_artifacts.errors import ConfigError, InputError, MoeArtifactsError
-from moe_artifacts.files import atomic_path, write_json
+from moe_artifacts.files import atomic_path, read_json, write_json
 from moe_artifacts.judge import FeatureMaps, ManifoldJudge
 from training.data.class_images import ClassImages, fashion_classes
 from training.data.fashion import LabelledImages
@@ -56,6 +57,12 @@ class JudgeRecipe:
     # numpy's name of it. Of few images "linear" leaves too many above, 9 % of others where 20 set the threshold; "weibull" does
     # not, but gives the bundled judges other thresholds.
     quantile_method: Literal["linear", "weibull"] = "linear"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"steps must be at least 1, got {self.steps}")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"lr must be positive, got {self.lr}")
 
 
 FIRST = JudgeRecipe(name="first", seed=10)
@@ -91,10 +98,14 @@ def train_maps(recipe: JudgeRecipe, data: LabelledImages, stage: Stage) -> tuple
             with torch.autocast("cpu", torch.bfloat16):
                 logits = head(maps(images)[0])
             loss = F.cross_entropy(logits.float(), data.labels[rows], label_smoothing=0.05)
-            if not loss.isfinite():
-                raise ConfigError(f"the loss became {loss.item()} at step {step}: lower lr and start again")
             optimizer.zero_grad()
             loss.backward()
+            norm = nn.utils.clip_grad_norm_(both.parameters(), math.inf)  # clips nothing
+            for what, value in (("loss", loss), ("gradient", norm)):
+                if not value.isfinite():
+                    raise ConfigError(
+                        f"the {what} became {value.item()} at step {step}: start again with --lr below {recipe.lr}"
+                    )
             optimizer.step()
             schedule.step()
             bar.update()
@@ -126,7 +137,7 @@ def build_judge(recipe: JudgeRecipe, data: ClassImages, stage: Stage) -> tuple[M
 
     Raises:
         InputError: If a class has too few images to be a reference.
-        ConfigError: If the loss stops being a number.
+        ConfigError: If the loss or its gradient stops being a number.
     """
     train, test, classes = data.train, data.held_out, len(data.names)
     order = torch.randperm(len(train), generator=step_generator(recipe.seed, 0))
@@ -189,21 +200,38 @@ def _first_of_each(rows: Tensor, labels: Tensor, count: int) -> Tensor:
 def train_judges(
     data: ClassImages | None = None, recipes: tuple[JudgeRecipe, JudgeRecipe] = (FIRST, SECOND)
 ) -> tuple[Path, Path]:
-    """Both judges, of Fashion-MNIST where no data are given; returns their files."""
+    """Both judges, of Fashion-MNIST where no data are given; returns their files.
+
+    Raises:
+        ConfigError: If one was trained before, with another recipe; and as :func:`build_judge`.
+    """
     stage = Stage("judges")
     paths = []
     for recipe in recipes:
         path = stage.folder / f"{recipe.name}.safetensors"
         paths.append(path)
         if path.exists():
+            _require_recipe(path, recipe)
             continue
         data = data or fashion_classes()
         judge, report = build_judge(recipe, data, stage)
         stage.log.info("%s %s", recipe.name, report)
-        write_json(path.with_suffix(".json"), report)
+        write_json(path.with_suffix(".json"), report | {"recipe": asdict(recipe)})
         with atomic_path(path) as temporary:
             save_file(judge.tensors(), temporary, judge.metadata())
     return paths[0], paths[1]
+
+
+def _require_recipe(path: Path, recipe: JudgeRecipe) -> None:
+    """Refuse a judge that is known to be of another recipe; the first ones did not say."""
+    report = path.with_suffix(".json")
+    before = read_json(report).get("recipe", {}) if report.exists() else {}
+    for name, value in asdict(recipe).items():
+        if before.get(name, value) != value:
+            raise ConfigError(
+                f"{path} was trained with {name}={before[name]!r}, and {value!r} is asked for now: use another folder (--out), "
+                "or delete it"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -214,13 +242,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--size", type=int, choices=SIZES, help=f"pixels a side, of --images (the generator's, or {SIZES[0]})"
     )
     parser.add_argument("--steps", type=int, default=JudgeRecipe.steps, help="of each classifier (%(default)s)")
+    parser.add_argument("--lr", type=float, default=JudgeRecipe.lr, help="learning rate (%(default)s)")
     args = parser.parse_args(arguments)
     if args.images is None and args.size is not None:
         parser.error("--size belongs to --images")
     if args.out is not None:
         os.environ["MOE_ARTIFACTS_WORK"] = str(args.out)
     try:
-        recipes = replace(FIRST, steps=args.steps), replace(SECOND, steps=args.steps)
+        recipes = replace(FIRST, steps=args.steps, lr=args.lr), replace(SECOND, steps=args.steps, lr=args.lr)
         data = None
         if args.images is not None:
             recipes = replace(recipes[0], quantile_method="weibull"), replace(recipes[1], quantile_method="weibull")
@@ -229,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_json(work / "classes.json", [list(names) for names in data.names])
         for path in train_judges(data, recipes):
             print(path)
-    except MoeArtifactsError as error:
+    except (MoeArtifactsError, OSError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -13,11 +13,13 @@ images are to be left out: a trajectory takes no NaN for a label.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
+import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -58,7 +60,29 @@ class Judge(Protocol):
         ...
 
 
-class RatingJudge:
+class LabelTable:
+    """What people have said of image files, by their place."""
+
+    def __init__(self, labels: Mapping[str, float]) -> None:
+        self._labels = labels
+
+    def __call__(self, images: FinishedImages, prompts: Sequence[str]) -> PerImage:
+        _require_as_many(images, prompts)
+        found = []
+        for image in images:
+            if not isinstance(image, str | os.PathLike):
+                raise InputError(
+                    f"people's labels belong to files, so images must be paths, got a {type(image).__name__}"
+                )
+            found.append(self._labels.get(_place(image), math.nan))
+        return torch.tensor(found, dtype=torch.float32)
+
+    def sha256(self) -> str:
+        """Of all labels, in lower-case hex: another one when somebody has said more."""
+        return hashlib.sha256(json.dumps(self._labels, sort_keys=True).encode()).hexdigest()
+
+
+class RatingJudge(LabelTable):
     """People's scores from a Parquet file: one row per rating, so that several rows of an image are averaged.
 
     Args:
@@ -95,13 +119,10 @@ class RatingJudge:
                 labels[_place(folder / path)].append(score)
         if not labels:
             raise InputError(f"{table} rates no image: no row has both a path and a {column}")
-        self._labels = {place: float(label_of(np.array(given), low, high).mean()) for place, given in labels.items()}
-
-    def __call__(self, images: FinishedImages, prompts: Sequence[str]) -> PerImage:
-        return _looked_up(self._labels, images, prompts)
+        super().__init__({place: float(label_of(np.array(given), low, high).mean()) for place, given in labels.items()})
 
 
-class VerdictJudge:
+class VerdictJudge(LabelTable):
     """Verdicts of people from the folder of the images; of several raters, the share that saw artifacts.
 
     Raises:
@@ -117,14 +138,13 @@ class VerdictJudge:
                 verdicts[file].append(verdict)
         if not verdicts:
             raise InputError(f"{folder} has no verdicts in {len(tables)} tables: run `moe-artifacts label {folder}`")
-        self._labels = {
-            _place(image.path): sum(verdicts[image.file]) / len(verdicts[image.file])
-            for image in images
-            if image.file in verdicts
-        }
-
-    def __call__(self, images: FinishedImages, prompts: Sequence[str]) -> PerImage:
-        return _looked_up(self._labels, images, prompts)
+        super().__init__(
+            {
+                _place(image.path): sum(verdicts[image.file]) / len(verdicts[image.file])
+                for image in images
+                if image.file in verdicts
+            }
+        )
 
 
 class ScoreJudge:
@@ -154,6 +174,8 @@ class ScoreJudge:
         InputError: If there are not as many numbers as images, one is not finite, or is no label.
         """
         _require_as_many(images, prompts)
+        if len(images) == 0:
+            return torch.zeros(0)  # models stack what they are given
         told = self._function([_as_picture(image) for image in images], list(prompts))
         scores = [math.nan if value is None else self._label(value) for value in told]
         if len(scores) != len(images):
@@ -308,16 +330,6 @@ def _refuse_given(options: dict[str, Any], name: str, kind: str) -> None:
 def _require_as_many(images: FinishedImages, prompts: Sequence[str]) -> None:
     if len(images) != len(prompts):
         raise InputError(f"images and prompts must be as many, got {len(images)} and {len(prompts)}")
-
-
-def _looked_up(labels: dict[str, float], images: FinishedImages, prompts: Sequence[str]) -> PerImage:
-    _require_as_many(images, prompts)
-    found = []
-    for image in images:
-        if not isinstance(image, str | os.PathLike):
-            raise InputError(f"people's labels belong to files, so images must be paths, got a {type(image).__name__}")
-        found.append(labels.get(_place(image), math.nan))
-    return torch.tensor(found, dtype=torch.float32)
 
 
 def _place(path: str | os.PathLike[str]) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 from moe_artifacts.errors import InputError
 from moe_artifacts.files import read_json, sha256_file
 from moe_artifacts.trajectory_files import META_NAME, TABLE_NAME, iter_trajectories, trajectory_folders
+from training.own.batches import require_all_batches
 from training.row_jobs import META, complete_shards
 
 
@@ -45,6 +46,7 @@ class LevelSource(Protocol):
     """Shards of images."""
 
     kind: Literal["previews", "latents"]  # what the pictures are
+    shows: Literal["x0", "noisy"]  # and of what: the prediction of the clean latents, or the noisy ones themselves
     checks: int  # the most levels that an image has
     shards: int
 
@@ -79,8 +81,10 @@ class TrajectorySource:
     """
 
     kind: Literal["previews", "latents"] = "latents"
+    shows: Literal["x0", "noisy"] = "x0"
 
     def __init__(self, folder: Path) -> None:
+        require_all_batches(folder)
         self.folders = trajectory_folders(folder)
         self.shards, self.checks = len(self.folders), 0
         self._digest = hashlib.sha256()
@@ -131,11 +135,12 @@ class NoisedSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta = read_json(folder / META)
-        if missing := {"levels_per_image", "num_steps", "pictures"} - self.meta.keys():
+        if missing := {"levels_per_image", "num_steps", "pictures", "show"} - self.meta.keys():
             raise InputError(f"{folder / META} lacks {', '.join(sorted(missing))}; run training.forward_noise anew")
         self.files = complete_shards(folder)
         self.shards, self.checks = len(self.files), self.meta["levels_per_image"]
         self.kind: Literal["previews", "latents"] = self.meta["pictures"]
+        self.shows: Literal["x0", "noisy"] = self.meta["show"]
 
     def images(self, shard: int, at_once: int) -> Iterator[LevelImage]:
         path = self.files[shard]

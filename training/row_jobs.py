@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_artifacts.errors import InputError, MoeArtifactsError
-from moe_artifacts.files import atomic_path, read_json, write_json
+from moe_artifacts.files import atomic_path, read_json, remove_unfinished, write_json
 from training.workspace import keep_freed_memory, progress
 
 META = "meta.json"
@@ -320,14 +320,16 @@ def missing_shards(folder: Path, total: int, worker: int = 0, workers: int = 1) 
 
 def write_shard(folder: Path, number: int, rows: ShardRows) -> None:
     """Write a shard; its Parquet file comes last and makes it count."""
-    for leftover in (*folder.glob(f".{number:06d}-*"), *(folder / "rejects").glob(f".{number:06d}-*")):
-        leftover.unlink(missing_ok=True)  # of a worker that was killed; no two workers have the same shard
+    path = _path(folder, number)
+    files = path.with_suffix(".safetensors"), folder / "rejects" / path.name, path
+    for file in files:  # of a worker that was killed; no two workers have the same shard
+        remove_unfinished(file)
     if len(rows):
         tensors = {name: torch.cat(parts).contiguous() for name, parts in rows.tensors.items()}
-        with atomic_path(_path(folder, number).with_suffix(".safetensors")) as temporary:
+        with atomic_path(files[0]) as temporary:
             save_file(tensors, temporary)
-    _write_table(folder / "rejects" / f"{number:06d}.parquet", pa.Table.from_pylist(rows.rejects, schema=REJECTS))
-    _write_table(_path(folder, number), pa.table(rows.columns, schema=rows.schema))
+    _write_table(files[1], pa.Table.from_pylist(rows.rejects, schema=REJECTS))
+    _write_table(files[2], pa.table(rows.columns, schema=rows.schema))
 
 
 def count_rows(folder: Path) -> tuple[int, dict[str, int]]:

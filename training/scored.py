@@ -12,6 +12,7 @@ from jaxtyping import Int
 from moe_artifacts.accumulator import ExitHead, accumulate, step_mass
 from moe_artifacts.config import ThresholdConfig
 from moe_artifacts.decision import clear_step, path_statistic
+from moe_artifacts.errors import InputError
 from moe_artifacts.noise import check_steps, noise_levels
 from moe_artifacts.policy import Run
 from moe_artifacts.schedulers import set_scheduler
@@ -71,7 +72,13 @@ def score_parts(
     Args:
         parts: x0 and log-SNR at the checks, and the prompts, of the next images.
         label: Of all images; as what follows it.
+    Raises:
+        InputError: If the scorer looks at noisy latents.
     """
+    if scorer.config.uses_noisy:
+        raise InputError(
+            f"the scorer {scorer.config.name!r} looks at noisy latents, recorded x0 predictions are all there is"
+        )
     found = []
     for x0, log_snr, prompts in parts:
         with torch.no_grad():

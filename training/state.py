@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_artifacts.errors import CheckpointError
-from moe_artifacts.files import atomic_path
+from moe_artifacts.files import atomic_path, remove_unfinished
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -47,11 +47,9 @@ def save_state(
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v).clone().contiguous() for k, v in values.items()}
     tensors |= {f"kept.{k}": v.contiguous() for k, v in (kept or {}).items()}
+    remove_unfinished(path)
     with atomic_path(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"step": str(step), "record": json.dumps(dict(record or {}))})
-        except SafetensorError as error:  # a full disk, in the words of safetensors
-            raise OSError(f"cannot write {path}: {error}") from error
+        save_file(tensors, temporary, metadata={"step": str(step), "record": json.dumps(dict(record or {}))})
 
 
 def load_state(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:

@@ -5,22 +5,26 @@ variant and seed, ``variants`` one for each variant, with the mean over the seed
 ``--quick`` tries everything at a hundredth of the size, in a folder of its own, and writes the table there.
 
 What the seeds share (x_t of the runs, previews) is made by ``--prepare``; after it, several processes can each do a seed of
-their own at the same time.
+their own at the same time. The table is written by the one that finds all designs of all seeds there; the others say what is missing.
+Where a design fails, the others are made all the same, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.ablation.designs import FULL, QUICK, VARIANTS, Design, PreviewKind
-from benchmarks.ablation.figures import Result, table
+from benchmarks.ablation.designs import FULL, QUICK, Design, PreviewKind
+from benchmarks.ablation.identity import claim
 from benchmarks.ablation.inputs import Inputs
 from benchmarks.ablation.pictures import pictures
 from benchmarks.ablation.price import check_price
 from benchmarks.ablation.scores import SPLITS, Bench
+from benchmarks.ablation.table import table
+from benchmarks.ablation.wishes import VARIANTS
 from benchmarks.results import write_results
 from moe_artifacts.errors import MoeArtifactsError
 from training.workspace import Stage
@@ -47,56 +51,70 @@ def prepare(inputs: Inputs, designs: Sequence[Design]) -> None:
         check_price(inputs, kind)
 
 
-def run(inputs: Inputs, designs: Sequence[Design], seeds: Sequence[int], stage: Stage) -> dict[tuple[str, int], Result]:
-    """Results of all designs and seeds."""
-    found = {}
+def names_of(design: Design) -> str:
+    """The rows that show it."""
+    return ", ".join(f"{v.wish}: {v.name}" for v in VARIANTS if v.design == design)
+
+
+def run(inputs: Inputs, designs: Sequence[Design], seeds: Sequence[int], stage: Stage) -> list[str]:
+    """Make the results of all designs and seeds; returns those that failed."""
+    failed = []
     for seed in seeds:
         bench = Bench(inputs, seed)
         for design in designs:
-            start = time.perf_counter()
-            new = not bench.path(design).exists()
-            try:
-                found[design.key, seed] = bench.result(design)
-            except MoeArtifactsError as error:  # the others can be had all the same
-                stage.log.error("%s seed %d: %s", design.key, seed, error)
+            if bench.path(design).exists():
                 continue
-            if new:
-                stage.log.info("%s seed %d: %.0f s", design.key, seed, time.perf_counter() - start)
-    return found
+            start = time.perf_counter()
+            try:
+                bench.result(design)
+            except MoeArtifactsError as error:  # the others can be had all the same
+                stage.log.error("%s (%s), seed %d: %s", names_of(design), design.key, seed, error)
+                failed.append(f"{names_of(design)}, seed {seed}")
+            else:
+                stage.log.info("%s, seed %d: %.0f s", names_of(design), seed, time.perf_counter() - start)
+    return failed
 
 
-def kept(inputs: Inputs, seeds: Sequence[int]) -> dict[tuple[str, int], Result]:
-    """Results that are there already, of whichever wish."""
-    benches = [Bench(inputs, seed) for seed in seeds]
-    return {
-        (design.key, bench.seed): bench.result(design)
-        for bench in benches
-        for design in designs_of(WISHES)
-        if bench.path(design).exists()
-    }
+def write_table(inputs: Inputs, out: Path | None) -> list[str]:
+    """Write the table if every design of every seed is there; returns what is missing."""
+    seeds = inputs.scale.seeds
+    wanted = [(design, Bench(inputs, seed)) for seed in seeds for design in designs_of(WISHES)]
+    missing = [f"{names_of(design)}, seed {bench.seed}" for design, bench in wanted if not bench.path(design).exists()]
+    if not missing:
+        results = {(design.key, bench.seed): bench.result(design) for design, bench in wanted}
+        write_results("ablation", table(VARIANTS, seeds, results), seed=seeds[0], out=out)
+    return missing
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=WISHES, action="append", help="make these wishes; can be given several times")
-    parser.add_argument("--seeds", help="separated by commas (0,1,2; with --quick 0)")
+    parser.add_argument("--seeds", help="make these, separated by commas (0,1,2; with --quick 0)")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--prepare", action="store_true", help="make what the seeds share, and no table")
     parser.add_argument("--out", type=Path, help="file to write")
     args = parser.parse_args(arguments)
     inputs = Inputs(QUICK if args.quick else FULL)
+    known = inputs.scale.seeds
+    seeds = known if args.seeds is None else tuple(int(seed) for seed in args.seeds.split(","))
+    if not set(seeds) <= set(known):
+        parser.error(f"--seeds must be of those of the table, {', '.join(map(str, known))}, got {args.seeds}")
     designs = designs_of(args.only or WISHES)
-    seeds = [int(seed) for seed in (args.seeds or ("0" if args.quick else "0,1,2")).split(",")]
     stage = Stage(inputs.scale.folder, tracker="none")
     start = time.perf_counter()
+    claim(inputs)
     prepare(inputs, designs)
     stage.log.info("prepared in %.0f s", time.perf_counter() - start)
     if args.prepare:
-        return
-    run(inputs, designs, seeds, stage)
-    out = args.out or (inputs.folder / "ablation.json" if args.quick else None)
-    write_results("ablation", table(VARIANTS, seeds, kept(inputs, seeds)), seed=seeds[0], out=out)
+        return 0
+    failed = run(inputs, designs, seeds, stage)
+    missing = write_table(inputs, args.out or (inputs.folder / "ablation.json" if args.quick else None))
+    if missing:
+        stage.log.info("no table yet, %d results are missing:\n  %s", len(missing), "\n  ".join(missing))
+    if failed:
+        stage.log.error("%d failed:\n  %s", len(failed), "\n  ".join(failed))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,18 +1,11 @@
-"""What a design comes to on the test runs: AUROC and costs, their intervals, and the table.
-
-Intervals are over test images and seeds alike: each repeat draws images, the same for every design, and seeds, both with
-replacement. A difference between two rows is taken within repeats, so what both owe to the same images is not held against either.
-"""
+"""What a design comes to on the test runs, AUROC and costs, and on test images drawn again from them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from benchmarks.ablation.designs import Variant
 from moe_artifacts.policy import Run, apply_rule, matched_threshold
 from training.metrics import auroc, auroc_within
 
@@ -26,7 +19,6 @@ FIGURES = (
     "cost_per_clean_deployed",  # at the threshold from the calibration runs
 )
 REPEATS = 200
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,64 +58,3 @@ def bootstrap_draws(seen: Measured, repeats: int = REPEATS) -> np.ndarray:
     """The figures on resampled images, [repeat figure]; the same images for every design."""
     rng, count = np.random.default_rng(0), len(seen.group)
     return np.stack([figures(seen, rng.integers(count, size=count)) for _ in range(repeats)])
-
-
-def table(variants: Sequence[Variant], seeds: Sequence[int], results: Mapping[tuple[str, int], Result]) -> list[Row]:
-    """A row for each variant and seed, and one for each variant; of those whose seeds are all there.
-
-    ``helps`` says whether the mean AUROC or the matched cost got better than in the row compared with, both intervals being
-    asked: "yes" and "worse" if at least one excludes 0 in that direction and none in the other, else "no", or "mixed".
-    """
-    complete = [v for v in variants if all((v.design.key, seed) in results for seed in seeds)]
-    drawn = np.random.default_rng(1).integers(len(seeds), size=(REPEATS, len(seeds)))
-    rows = []
-    for variant in complete:
-        for seed in seeds:
-            found = results[variant.design.key, seed]
-            rows.append({"table": "runs", **_names(variant), "seed": seed, **found.facts, **_named(found.point)})
-    means = {(v.wish, v.name): _over_seeds(v, seeds, results, drawn) for v in complete}
-    for variant in complete:
-        point, draws, facts = means[variant.wish, variant.name]
-        row: Row = {"table": "variants", **_names(variant), "seeds": len(seeds), **facts}
-        for name, value, (low, high) in zip(FIGURES, point, _intervals(draws), strict=True):
-            row |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        other = means.get((variant.wish, variant.against or ""))
-        rows.append(row | (_difference(point - other[0], draws - other[1]) if other else {}))
-    return rows
-
-
-def _difference(point: np.ndarray, draws: np.ndarray) -> Row:
-    row: Row = {}
-    better, worse = False, False
-    for name, sign in (("auroc_within", 1), ("cost_per_clean_matched", -1)):
-        column = FIGURES.index(name)
-        low, high = _intervals(draws)[column]
-        row |= {f"minus_{name}": point[column], f"minus_{name}_low": low, f"minus_{name}_high": high}
-        better |= min(sign * low, sign * high) > 0
-        worse |= max(sign * low, sign * high) < 0
-    return row | {
-        "helps": {(True, False): "yes", (False, True): "worse", (True, True): "mixed"}.get((better, worse), "no")
-    }
-
-
-def _over_seeds(
-    variant: Variant, seeds: Sequence[int], results: Mapping[tuple[str, int], Result], drawn: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, Row]:
-    found = [results[variant.design.key, seed] for seed in seeds]
-    draws = np.stack([result.draws for result in found], axis=1)  # repeat seed figure
-    picked = np.take_along_axis(draws, drawn[..., None], axis=1)
-    facts = {name: float(np.mean([result.facts[name] for result in found])) for name in found[0].facts}
-    return np.mean([result.point for result in found], axis=0), picked.mean(axis=1), facts
-
-
-def _names(variant: Variant) -> Row:
-    return {"wish": variant.wish, "variant": variant.name, "against": variant.against}
-
-
-def _named(values: np.ndarray) -> Row:
-    return dict(zip(FIGURES, values.tolist(), strict=True))
-
-
-def _intervals(draws: np.ndarray) -> list[tuple[float, float]]:
-    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
-    return list(zip(low.tolist(), high.tolist(), strict=True))

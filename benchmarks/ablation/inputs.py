@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ablation.designs import Scale, View
+from benchmarks.ablation.designs import Samples, Scale, Tower, View
 from benchmarks.ablation.noisy_runs import record_noisy
 from training.collect import Recorded, load_pipeline, load_split
 from training.data.fashion import LabelledImages, load_fashion
@@ -91,7 +91,15 @@ class Inputs:
             self.pipe, runs.prompts, runs.seeds.tolist(), runs.step[0].tolist(), runs.final, self.folder / "x_t" / name
         )
 
+    def head_rows(self, samples: Samples, seed: int) -> Tensor:
+        """The finished images of ``train`` that a head learns from."""
+        return self.rows(self.scale.images(samples), seed)
+
+    def tower_rows(self, tower: Tower, seed: int) -> Tensor:
+        """Those that a backbone learns from: the same for every kind of preview, none for a plain one."""
+        return self.rows(self.scale.images(Samples()) if tower.tuned else 0, seed)
+
     def rows(self, images: int, seed: int) -> Tensor:
-        """The finished images of one seed: the first of a random order, so that fewer are a part of more."""
+        """The first of a random order, one for each seed, so that fewer are a part of more."""
         order = torch.randperm(len(self.split("train")), generator=torch.Generator().manual_seed(seed))
         return order[:images]

@@ -14,6 +14,8 @@ def ablation() -> str:
         "wish",
         "variant",
         "samples",
+        "labelled images",
+        "of them seen by the backbone",
         "AUROC at 14 %",
         "34 %",
         "100 %",
@@ -26,7 +28,7 @@ def ablation() -> str:
         [
             row["wish"],
             row["variant"],
-            f"{row['samples']:,.0f}",
+            *(f"{row[name]:,.0f}" for name in ("samples", "labels", "backbone_labels")),
             *(interval(row, f"auroc_within_{share}", three) for share in ("14%", "34%", "100%")),
             interval(row, "cost_per_clean_matched", percent),
             percent(row["cost_per_clean_deployed"]),

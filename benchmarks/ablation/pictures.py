@@ -21,7 +21,7 @@ from moe_artifacts.shapes import Preview
 from training.collect import decode
 from training.loop import StepBatch, TrainingLoop, linear_schedule
 
-CHUNK = 500
+CHUNK = 100  # latents decoded at once: with more, what is between two layers does not stay near the processor
 FITTED_ON = 1_000  # finished images
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -67,19 +66,16 @@ class Embedded:
         return replace(self, **columns, **flat)
 
 
-def own_pictures(inputs: Inputs, tower: Tower, images: int, seed: int) -> tuple[Tensor, Pictures]:
-    """The runs of ``train`` that a seed learns from, and the previews of their x0 predictions."""
-    rows = inputs.rows(images, seed)
-    return rows, pictures(inputs, tower.preview, inputs.split("train").x0[rows], f"train-{images}-{seed}")
+def own_pictures(inputs: Inputs, tower: Tower, rows: Tensor, seed: int) -> Pictures:
+    """Previews of the x0 predictions of some runs of ``train``; ``rows`` are the first ones of the seed."""
+    return pictures(inputs, tower.preview, inputs.split("train").x0[rows], f"train-{len(rows)}-{seed}")
 
 
 def embed_samples(inputs: Inputs, embedder: ClipEmbedder, tower: Tower, samples: Samples, seed: int) -> Embedded:
     """What a head learns from."""
-    train, images = inputs.split("train"), inputs.scale.images(samples)
+    train, rows = inputs.split("train"), inputs.head_rows(samples, seed)
     if samples.view == "x0":
-        rows, found = own_pictures(inputs, tower, images, seed)
-        return embed_runs(embedder, found, train, rows)
-    rows = inputs.rows(images, seed)
+        return embed_runs(embedder, own_pictures(inputs, tower, rows, seed), train, rows)
     preview = build_preview(inputs, tower.preview)
     embeddings, log_snr, spent = [], [], []
     for latents, levels, share in noised(inputs, samples, rows, seed):
@@ -153,8 +149,3 @@ def _with_texts(
 def count(data: Embedded) -> int:
     """Previews, without those that a short run lacks."""
     return int((~data.log_snr.isnan()).sum())
-
-
-def by_check(values: Tensor, data: Embedded, alone: bool) -> Tensor:
-    """Back from ``singly`` to [image check]."""
-    return values.reshape(math.prod(values.shape) // data.checks, data.checks) if alone else values

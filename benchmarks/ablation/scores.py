@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.ablation.designs import Design, Samples, Tower, View
 from benchmarks.ablation.figures import CONFIDENCE, MAX_RISK, Measured, Result, bootstrap_draws, figures
 from benchmarks.ablation.inputs import Inputs
+from benchmarks.ablation.pictures import preview_seconds
 from benchmarks.ablation.price import check_price
 from benchmarks.ablation.samples import Embedded, count, embed_samples, embed_split
 from benchmarks.ablation.towers import Cost, build, train_tower
@@ -65,6 +66,7 @@ class Bench:
 
     def _measure(self, design: Design) -> Result:
         _, cost = train_tower(self.inputs, design.tower, self.seed)
+        cost += Cost(preview_seconds(self.inputs, design.tower.preview))
         heads, facts = self._heads(design)
         start = time.process_time()
         price = check_price(self.inputs, design.tower.preview)
@@ -73,12 +75,23 @@ class Bench:
             cost += Cost(time.process_time() - start)
         told = {
             "samples": facts["samples"],
-            "images": self.inputs.scale.images(design.samples),
+            **self._images(design),
             "train_seconds": cost.seconds + facts["seconds"],
             "previews_seen": cost.previews + facts["samples"],
             "check_cost": price,
         }
         return Result(figures(measured, np.arange(len(measured.group))), bootstrap_draws(measured), told)
+
+    def _images(self, design: Design) -> dict[str, float]:
+        """How many finished images of the pipeline backbone and head learned from, and from how many labels."""
+        head = self.inputs.head_rows(design.samples, self.seed)
+        backbone = self.inputs.tower_rows(design.tower, self.seed)
+        judged = backbone if design.tower.judged else backbone[:0]
+        return {
+            "images": len(torch.cat([head, backbone]).unique()),
+            "labels": len(torch.cat([head, judged]).unique()),
+            "backbone_labels": len(judged),
+        }
 
     # --- the posterior -----------------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """The CLIP backbones, all of the bundled scorer's architecture, each part seeing as many previews as every other.
 
+All but the plain one learn from the same images, whatever they look at.
+
     plain        contrastive, on real images and prompts: it has never seen noise, as a downloaded CLIP
     prompts      then contrastive on previews and prompts
     verdicts     or on previews and prompts that say what the judge found: "a bag, broken"
@@ -24,9 +26,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.ablation.designs import Samples, Tower
+from benchmarks.ablation.designs import Tower
 from benchmarks.ablation.inputs import Inputs
-from benchmarks.ablation.pictures import build_preview, preview_seconds
+from benchmarks.ablation.pictures import build_preview
 from benchmarks.ablation.samples import Embedded as EmbeddedRuns
 from benchmarks.ablation.samples import count, embed_runs, embed_split, own_pictures
 from moe_artifacts.config import EmbedderConfig
@@ -119,31 +121,31 @@ def _real(inputs: Inputs) -> Pool:
 
 
 def _previews(inputs: Inputs, tower: Tower, seed: int) -> tuple[Pool, Cost]:
-    """Previews of all noise levels, and what making them cost."""
-    train, cost = inputs.split("train"), Cost(preview_seconds(inputs, tower.preview))
+    """Previews of all noise levels, and what decoding them cost."""
+    train, rows = inputs.split("train"), inputs.tower_rows(tower, seed)
+    label, margin = train.label[rows], train.margin[rows]
     if tower.view == "x0":
-        rows, found = own_pictures(inputs, tower, inputs.scale.images(Samples()), seed)
-        log_snr = train.log_snr[rows]
+        found, log_snr = own_pictures(inputs, tower, rows, seed), train.log_snr[rows]
 
         def of_runs(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             check = torch.multinomial((~log_snr[images].isnan()).float(), 1, generator=generator)[:, 0]
             return found.take(images, check), log_snr[images, check]
 
-        return Pool(train.label[rows], train.margin[rows], of_runs), cost + Cost(found.seconds)
+        return Pool(label, margin, of_runs), Cost(found.seconds)
     (grid,) = parse_grids(GRID, inputs.pipe.scheduler)
     alpha, sigma, levels = (
         torch.tensor([getattr(level, name) for level in grid.levels]) for name in ("alpha", "sigma", "log_snr")
     )
-    preview = build_preview(inputs, tower.preview)
+    preview, final = build_preview(inputs, tower.preview), train.final[rows]
 
     def of_noise(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         level = torch.randint(len(levels), (len(images),), generator=generator)
-        noise = torch.randn((len(images), *train.final.shape[1:]), generator=generator)
+        noise = torch.randn((len(images), *final.shape[1:]), generator=generator)
         a, s = (values[level, None, None, None] for values in (alpha, sigma))
         with torch.no_grad():
-            return preview(a * train.final[images].float() + s * noise), levels[level]
+            return preview(a * final[images].float() + s * noise), levels[level]
 
-    return Pool(train.label, train.margin, of_noise), cost
+    return Pool(label, margin, of_noise), Cost()
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
@@ -210,7 +212,8 @@ def _mixed(
     inputs: Inputs, tuned: Path, finetuned: Path, tower: Tower, seed: int, before: Cost
 ) -> tuple[ClipEmbedder, Cost]:
     start, seen = time.process_time(), 0
-    rows, found = own_pictures(inputs, tower, inputs.scale.images(Samples()), seed)
+    rows = inputs.tower_rows(tower, seed)
+    found = own_pictures(inputs, tower, rows, seed)
     rows, found = rows[:PROBE_IMAGES], replace(found, values=found.values[:PROBE_IMAGES])
     bands = Bands(5, LOG_SNR_RANGE)
 

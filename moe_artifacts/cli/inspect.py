@@ -50,7 +50,8 @@ def _description(config: ScorerConfig, numbers: Mapping[str, int]) -> dict[str, 
         "label": config.label,
         "latent space": f"{space.name}: {space.vae_class}, {space.channels} channels, scaling {space.scaling_factor:g}, "
         f"shift {space.shift_factor:g}, downsampling {space.downsampling}",
-        "preview": f"{preview.kind}, {preview.channels} channels"
+        "preview": f"{preview.kind}, {preview.channels} channels, of "
+        + ("the noisy latents" if config.shows == "noisy" else "the x0 prediction")
         + (f", a patch of {preview.patch}x{preview.patch} pixels for each" if preview.kind == "linear" else ""),
         "embedder": _embedder(config.embedder, numbers["embedder"]),
         "features": f"{', '.join(seen)}: {features.width} numbers",

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import reprlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ SETTINGS = (
 
 _IMAGE = re.compile(rf"(?:{IMAGES_NAME}|{AUDITED_NAME})/p\d{{5,}}-a\d{{4,}}\.png")
 _WAVE = re.compile(r"\d{6,}\.json")
-_UNFINISHED = re.compile(r"\.(?:run|p\d+-a\d+|\d+)-\w+\.(?:json|png)")  # the temporary names of files.atomic_path
+_UNFINISHED = re.compile(r"\.(?:run|p\d+-a\d+|\d+)\.(?:json|png)-\w+")  # the temporary folders of files.atomic_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,13 +256,15 @@ class RunWriter:
         self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:
-        """What a killed run has left: files under their temporary names, and images without their wave."""
+        """What a killed run has left: files that were not whole yet, and images without their wave."""
         committed = {attempt.file for wave in self.waves for attempt in wave.attempts}
         for name in ("", IMAGES_NAME, AUDITED_NAME, WAVES_NAME):
             part = self.folder / name
             for path in part.iterdir() if part.is_dir() else ():
                 file = path.relative_to(self.folder).as_posix()
-                if _UNFINISHED.fullmatch(path.name) or (_IMAGE.fullmatch(file) and file not in committed):
+                if _UNFINISHED.fullmatch(path.name):
+                    shutil.rmtree(path)
+                elif _IMAGE.fullmatch(file) and file not in committed:
                     path.unlink()
 
 

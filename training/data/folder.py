@@ -4,9 +4,9 @@
     index.parquet      file, label, split (train or held-out) of each picture; written last
     rejects.parquet    file, reason, detail
 
-A picture is cut to its middle square and resized. What cannot be read is left out and counted, and so is a picture that is
-there a second time, which could otherwise be held out and trained on. The pixels stay on the disk and are mapped into
-memory, so that the number of pictures does not matter.
+A picture is cut to its middle square and resized. What cannot be read is left out and counted, and so is a file whose name is
+not UTF-8, and a picture that is there a second time, which could otherwise be held out and trained on. The pixels stay on the
+disk and are mapped into memory, so that the number of pictures does not matter.
 """
 
 from __future__ import annotations
@@ -173,6 +173,9 @@ def _store(
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
         for part, files in parts.items():
             for file, label in tqdm(files, desc=f"images, {part}", unit="image", disable=None):
+                if not _is_text(file):  # Parquet holds valid Unicode only
+                    rejects.append((file.encode(errors="replace").decode(), "file name", "not UTF-8"))
+                    continue
                 try:
                     pixels = np.asarray(square(read_rgb(folder / file, file), size))
                 except BadImage as error:

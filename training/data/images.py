@@ -46,8 +46,9 @@ class BadImage(InputError):
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The files of a folder and its subfolders that are named like images, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    """The files of a folder and its subfolders that are named like images, sorted; hidden ones are not."""
+    named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in named if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def read_rgb(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:

@@ -11,7 +11,7 @@ The columns are held in memory, about 30 bytes a row; pictures are read from the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_artifacts.errors import InputError
+from moe_artifacts.files import sha256_file
 from moe_artifacts.shapes import PerImage, Rows
-from moe_artifacts.trajectory_files import LATENTS_NAME, iter_trajectories, trajectory_folders
+from moe_artifacts.trajectory_files import LATENTS_NAME, iter_trajectories
 from training.data.splits import assign_splits, linked_groups
-from training.row_jobs import shard_files
+from training.level_images import TrajectorySource
+from training.row_jobs import META, complete_shards, shard_files
 
 AT_ONCE = 64  # images of a trajectory looked through at a time
 
@@ -54,6 +56,7 @@ class PreviewPairs:
     label: PerImage  # P(artifacts) of the finished image, in [0, 1]; NaN: not known
     read: Callable[[Rows], Tensor]  # pictures of some rows; floating, or 8 bits of a preview
     left_out: int = 0  # rows of the source whose picture is not finite: their image had left, or broke
+    facts: dict[str, Any] = field(default_factory=dict)  # what tells these pictures from others, as JSON values
 
     def __post_init__(self) -> None:
         lengths = {len(self.prompt), len(self.log_snr), len(self.label)}
@@ -142,7 +145,7 @@ def read_pairs(folder: Path, latents: Literal["x0", "latents"] = "x0") -> Previe
     Args:
         latents: Which of a trajectory: the prediction of the clean image, or the noisy ones. Shards hold one of the two.
     Raises:
-        InputError: If it is neither, is damaged, or holds no pictures.
+        InputError: If it is neither, is damaged or not finished, or holds no pictures.
     """
     if shard_files(folder):
         return shard_pairs(folder)
@@ -160,8 +163,8 @@ def trajectory_pairs(folder: Path, latents: Literal["x0", "latents"] = "x0") -> 
     All latents are read once, to leave out rows that are not finite.
     """
     files: list[Path] = []
-    columns = _Columns()
-    for number, path in enumerate(trajectory_folders(folder)):
+    columns, source = _Columns(), TrajectorySource(folder)
+    for number, path in enumerate(source.folders):
         files.append(path / LATENTS_NAME)
         first = 0
         for part in iter_trajectories(path, AT_ONCE):
@@ -182,14 +185,15 @@ def trajectory_pairs(folder: Path, latents: Literal["x0", "latents"] = "x0") -> 
             values = file.get_slice(latents)
             return torch.stack([values[image : image + 1, step : step + 1][0, 0] for image, step in places.tolist()])
 
-    return columns.pairs("latents", files, read)
+    return columns.pairs("latents", files, read, {"images": latents, **source.facts()})
 
 
 def shard_pairs(folder: Path) -> PreviewPairs:
-    """The rows of the complete shards of ``training.forward_noise``: their previews, or latents if there are none."""
+    """The rows of the shards of ``training.forward_noise``: their previews, or latents if there are none."""
+    shards = complete_shards(folder)
     files: list[Path] = []
     columns, kinds = _Columns(), set[Any]()
-    for path in shard_files(folder):
+    for path in shards:
         table = pq.read_table(path, columns=["prompt", "log_snr", "label"])
         if len(table) == 0:
             continue
@@ -213,7 +217,8 @@ def shard_pairs(folder: Path) -> PreviewPairs:
             values = file.get_slice(kind)
             return torch.cat([values[row : row + 1] for row in places[:, 0].tolist()])
 
-    return columns.pairs(kind, files, read)
+    facts = {"images": kind, "noised": len(shards), "sha256": sha256_file(folder / META)}
+    return columns.pairs(kind, files, read, facts)
 
 
 class _Columns:
@@ -233,7 +238,9 @@ class _Columns:
         self.label.append(label)
         self.place.append(place)
 
-    def pairs(self, kind: Any, files: list[Path], read: Callable[[Path, Tensor], Tensor]) -> PreviewPairs:
+    def pairs(
+        self, kind: Any, files: list[Path], read: Callable[[Path, Tensor], Tensor], facts: dict[str, Any]
+    ) -> PreviewPairs:
         place = torch.cat(self.place)
 
         def gather(rows: Tensor) -> Tensor:
@@ -256,6 +263,7 @@ class _Columns:
             label=torch.cat(self.label).float(),
             read=gather,
             left_out=self.left_out,
+            facts=facts,
         )
 
 

@@ -4,6 +4,7 @@
         rejects.parquet             one row per image that was left out: key, reason, detail
         images/0000.png             where images are kept: that of row 0 of the trajectory
     OUT/unlabelled/<split>/00000/   likewise, of images that nobody has judged yet (:mod:`training.own.label`)
+    OUT/collect.json                what collect was asked for: how many images of each split, in batches of which size
     OUT/.unfinished/                what is being written, or was when a run was killed
 
 ``meta.json`` of a trajectory also holds
@@ -34,6 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from moe_artifacts.errors import InputError
 from moe_artifacts.files import atomic_path, read_json
 from moe_artifacts.shapes import Preview, Rows
 from moe_artifacts.trajectory import Trajectory
@@ -41,6 +43,7 @@ from moe_artifacts.trajectory_files import META_NAME, TABLE_NAME
 from training.row_jobs import REJECTS
 
 UNLABELLED, UNFINISHED, IMAGES_NAME, REJECTS_NAME = "unlabelled", ".unfinished", "images", "rejects.parquet"
+RUN_NAME = "collect.json"
 PER_IMAGE_META = ("margin", "images")
 
 Reject = dict[str, str]  # key, reason, detail
@@ -56,10 +59,32 @@ def batch_folders(root: Path, split: str) -> list[Path]:
     return sorted(path for path in (root / split).glob("*") if path.name.isdigit())
 
 
+def require_all_batches(split: Path) -> None:
+    """Refuse a split that collect or label has not finished, whether it was killed or a worker is still at it.
+
+    Args:
+        split: Its folder; one that collect has not written is taken as it is.
+    Raises:
+        InputError: If batches are missing.
+    """
+    split = split.absolute()
+    root = split.parents[1] if split.parent.name == UNLABELLED else split.parent
+    if not (root / RUN_NAME).exists():
+        return
+    run = read_json(root / RUN_NAME)
+    expected = -(-run["counts"].get(split.name, 0) // run["batch"])
+    found = len(batch_folders(split.parent, split.name))
+    if found < expected:
+        raise InputError(
+            f"{split} has {found} of {expected} batches: run training.own.collect again, and training.own.label where it was "
+            "labelled afterwards; they make those missing"
+        )
+
+
 def write_batch(
     folder: Path, trajectory: Trajectory | None, rejects: Sequence[Reject], images: Preview | None = None
 ) -> None:
-    """Write a batch in one move; one that is there already is replaced.
+    """Write a batch in one move.
 
     Args:
         trajectory: None, or one of no images: all were left out.
@@ -76,12 +101,19 @@ def write_batch(
         with atomic_path(unfinished / REJECTS_NAME) as temporary:
             pq.write_table(pa.Table.from_pylist(list(rejects), schema=REJECTS), temporary)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists():
-            shutil.rmtree(folder)
         unfinished.rename(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)  # a full disk gets its space back
         raise
+
+
+def remove_batch(folder: Path) -> None:
+    """In one move, too."""
+    leaving = folder.parents[1] / UNFINISHED / f"{folder.parent.name}-{folder.name}-removed"
+    shutil.rmtree(leaving, ignore_errors=True)
+    leaving.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(leaving)
+    shutil.rmtree(leaving)
 
 
 def read_batch(folder: Path) -> tuple[Trajectory | None, list[Reject]]:

@@ -10,7 +10,7 @@ Without ``--pipeline`` (rated images that were noised, no trajectories) the scor
 promises about a pipeline has to be measured there.
 
     SCORER/config.json, model.safetensors     the scorer; its threshold is that of the chosen rule
-    SCORER/check_cost.json                    what a check costs, where it was measured; delete it to measure again
+    SCORER/check_cost.json                    what a check costs, where it was measured, and of what; delete it to measure again
     SCORER/rules/rules.json                   what every rule costs on validation, and its certified threshold
     SCORER/rules/<rule>.safetensors           the exit head that it reads
 """
@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pyarrow.parquet as pq
 import torch
@@ -59,6 +60,7 @@ from training.own.choose import (
 )
 from training.own.cost import measure_check_cost
 from training.own.heads_folder import HeadFacts, read_heads, require_same_embedder
+from training.own.pipelines import DTYPES, load_pipeline
 from training.own.train import describe
 from training.row_jobs import complete_shards
 from training.rules import Promise
@@ -81,6 +83,7 @@ class Parts:
     embedder: ClipEmbedder
     heads: Heads
     calibration: Calibration
+    shows: Literal["x0", "noisy"]
     provenance: dict[str, Any]
 
     def scorer(self, exit_head: ExitHead, check_progress: tuple[float, ...]) -> ArtifactScorer:
@@ -146,6 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt-mix", help="which prompts these are, in words")
     parser.add_argument("--exit-steps", type=int, default=ExitRecipe.steps, help="of each exit head (%(default)s)")
     parser.add_argument("--device", help="of the pipeline (cuda where there is one, else cpu)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the pipeline, as its users run it (%(default)s)"
+    )
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
@@ -183,6 +189,7 @@ def _run(args: argparse.Namespace) -> str:
         embedder=self_contained(embedder),
         heads=round_to_half(heads),
         calibration=rules.fit_calibration(heads, validation),
+        shows=facts.shows,
         provenance={
             "trained_by": "python -m training.own.calibrate",
             "images": {name: len(part) for name, part in data.items()},
@@ -222,11 +229,11 @@ def _run(args: argparse.Namespace) -> str:
         f"{sampling.scheduler or 'this scheduler'} with {rule.num_inference_steps} steps",
         f"cost per clean image on validation {found.costs[found.default]:+.1%}, scoring included",
     ]
-    repeated = len(data["calibration"]) - len(data["calibration"].prompt_id.unique())
-    if args.unit == "image" and repeated:
+    prompts = len(data["calibration"].prompt_id.unique())
+    if args.unit == "image" and prompts < len(data["calibration"]):
         lines.append(
-            f"note: {repeated} of {len(data['calibration'])} images share their prompt with others: the promise holds only if "
-            "the prompt of every image was drawn on its own"
+            f"note: {len(data['calibration'])} images of {prompts} prompts: the promise is for images of these prompts, each "
+            "drawn on its own; --unit prompt makes one for prompts like these"
         )
     return "\n".join(lines)
 
@@ -256,9 +263,8 @@ def _pipeline(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if args.pipeline is None:
         return None, {}
     from training.own.collect import parse_arguments
-    from training.own.pipelines import load_pipeline
 
-    pipe, defaults = load_pipeline(args.pipeline, device=args.device)
+    pipe, defaults = load_pipeline(args.pipeline, getattr(torch, args.dtype), args.device)
     return pipe, defaults | parse_arguments(args.arguments)
 
 
@@ -280,16 +286,26 @@ def _measured_cost(
 ) -> float:
     """Measured once: a run that was killed goes on with the same number, and comes to the same scorer."""
     path = args.out / COST_NAME
-    if path.exists():
-        cost = float(read_json(path)["check_cost"])
+    asked = {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
+    arguments = call | {name: value for name, value in asked.items() if value is not None}
+    of = {
+        "pipeline": args.pipeline,
+        "dtype": args.dtype,
+        "device": pipe._execution_device.type,
+        "images": args.timed_batch,
+        "arguments": arguments,
+        "embedder_sha256": parts.embedder.weights_sha256(),
+        "preview_sha256": state_sha256(parts.preview.state_dict()),
+    }
+    found = read_json(path) if path.exists() else {}
+    if found.get("of") == json.loads(json.dumps(of)):
+        cost = float(found["check_cost"])
     else:
         prompts = pq.read_table(complete_shards(data.folder)[0], columns=["prompt"])["prompt"].to_pylist()
-        asked = {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
-        arguments = call | {name: value for name, value in asked.items() if value is not None}
         untrained = ExitHead(ExitHeadConfig(state_dim=parts.heads.experts.config.hidden_dim))
         scorer = parts.scorer(untrained, EVEN_CHECKS).to(pipe._execution_device)
         cost = measure_check_cost(pipe, scorer, (prompts * args.timed_batch)[: args.timed_batch], arguments)
-        write_json(path, {"check_cost": cost})
+        write_json(path, {"check_cost": cost, "of": of})
     log.info("one check costs %.4f of a step's denoiser calls (%s)", cost, path)
     return cost
 

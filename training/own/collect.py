@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,8 +32,9 @@ from moe_artifacts.cli.shared import no_loading_bars
 from moe_artifacts.errors import InputError, MoeArtifactsError
 from moe_artifacts.files import read_json, write_json
 from moe_artifacts.guard.call_settings import check_call
-from training.judging import Judge, RatingJudge, VerdictJudge, import_function
+from training.judging import Judge, LabelTable, import_function
 from training.own.batches import (
+    RUN_NAME,
     UNLABELLED,
     Reject,
     batch_folder,
@@ -42,13 +44,12 @@ from training.own.batches import (
     write_batch,
 )
 from training.own.label import JUDGE_OPTIONS, NO_LABEL, VERDICTS, add_judge_options, judge_from, judged, reject
-from training.own.pipelines import load_pipeline
+from training.own.pipelines import DTYPES, load_pipeline
 from training.own.prompts import SPLITS, PromptSplits, draw_prompts, read_prompts
 from training.own.record import PipelineRecorder, Recording, Setting, parse_settings
 from training.row_jobs import parse_shard
 from training.workspace import progress
 
-RUN_NAME = "collect.json"
 COUNTS = {"train": 3_000, "validation": 300, "calibration": 500, "test": 500}
 # torch's CPU generator looks at the lowest 32 bits of a seed only, so that all splits must fit into these.
 SEEDS_PER_SPLIT = 2**32 // len(SPLITS)
@@ -75,9 +76,9 @@ class CollectOptions:
                 raise InputError(
                     f"counts must be of {', '.join(SPLITS)}, from 0 to {SEEDS_PER_SPLIT}, got {split}={count}"
                 )
-        for name in ("batch", "images_per_prompt", "checks"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, lowest in {"batch": 1, "images_per_prompt": 1, "checks": 1, "seed": 0}.items():
+            if getattr(self, name) < lowest:
+                raise InputError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
 
     def setting(self, split: str, number: int) -> Setting:
         """Of a batch."""
@@ -135,7 +136,7 @@ def collect(
         InputError: If ``out`` holds another run, a split has no prompt, the judge cannot judge images that are just being
             made, or each of the first images had to be left out.
     """
-    if isinstance(judge, RatingJudge | VerdictJudge):
+    if isinstance(judge, LabelTable):
         raise InputError(
             f"judge {judge_name!r} knows images by their files, which are still to be made: collect without a judge, then "
             "use python -m training.own.label"
@@ -293,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep-images", action="store_true", help="as PNG; without a judge they always are")
     parser.add_argument("--keep-latents", action="store_true", help="the noisy ones, x_t, beside x0")
     parser.add_argument("--device", help="(cuda where there is one, else cpu)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
     parser.add_argument("--autocast", choices=("bf16",), help="run the denoiser so in the train split")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument(
@@ -348,8 +349,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for count in count_splits(args.out if judge is not None else args.out / UNLABELLED, SPLITS):
         print(count)
     if judge is None:
-        print(f"label them: moe-artifacts label {args.out / UNLABELLED}")
-        print(f"then: python -m training.own.label {args.out} --judge {VERDICTS}{args.out / UNLABELLED}")
+        images = str(args.out / UNLABELLED)
+        print(f"label them: moe-artifacts label {shlex.quote(images)}")
+        print(
+            f"then: python -m training.own.label {shlex.quote(str(args.out))} --judge {shlex.quote(VERDICTS + images)}"
+        )
     return 0
 
 

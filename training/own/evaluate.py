@@ -43,6 +43,7 @@ from training.clip_towers import load_preview
 from training.figures import Row
 from training.head_data import is_bad
 from training.metrics import Measure, Resample, auroc, auroc_within, over_groups, over_images
+from training.own.batches import require_all_batches
 from training.scored import Scored, score_parts
 
 AT_ONCE = 64  # images
@@ -101,6 +102,7 @@ def read_test_set(path: Path) -> TestSet:
     Raises:
         InputError: If they are of several settings, hold no x0, or the labels are missing or of one kind only.
     """
+    require_all_batches(path)
     first: Trajectory | None = None
     labels, prompts = [], []
     for part in iter_trajectories(path, AT_ONCE):

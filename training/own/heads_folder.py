@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moe_artifacts.config import from_dict, to_dict
 from moe_artifacts.errors import InputError
-from moe_artifacts.files import read_json, write_json
+from moe_artifacts.files import read_json, sha256_file, write_json
 from training.embedded import EmbeddedRows
 from training.heads import HeadRecipe, Heads, HeadSpace, load_heads
+from training.row_jobs import META
 
 WEIGHTS_NAME, FACTS_NAME = "heads.safetensors", "heads.json"
 MADE_WITH = ("embedder_sha256", "preview_sha256")
+SHOWN = {"x0": "x0 predictions", "noisy": "noisy latents"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,9 @@ class HeadFacts:
     space: HeadSpace
     embedder_sha256: str | None  # of the weights of what embedded the images
     preview_sha256: str | None
+    shows: Literal["x0", "noisy"]  # what the pictures are of
+    train_sha256: str  # of what the embeddings of a split are, without their files
+    validation_sha256: str
     images: int
     bad_rate: float  # share of bad images among those trained on
     rows_per_band: tuple[int, ...]  # checks seen in each band of the calibration, among some images
@@ -60,12 +65,17 @@ def read_heads(folder: Path) -> tuple[Heads, HeadFacts]:
 
 
 def require_same_embedder(data: EmbeddedRows, facts: HeadFacts | EmbeddedRows) -> None:
-    """Refuse embeddings of another embedder or preview than the heads', or than other embeddings.
+    """Refuse embeddings of another embedder or preview than the heads', or than other embeddings, or of other pictures.
 
     Raises:
         InputError: Naming what differs.
     """
     other = facts.meta if isinstance(facts, EmbeddedRows) else dataclasses.asdict(facts)
+    if data.meta.get("shows") != other["shows"]:
+        raise InputError(
+            f"{data.folder} has embeddings of {SHOWN[data.meta['shows']]}, expected {SHOWN[other['shows']]}: a scorer looks at the "
+            "one or the other; training.own.collect records predictions, training.forward_noise says --show"
+        )
     for name in MADE_WITH:
         found, expected = data.meta.get(name), other.get(name)
         if None not in (found, expected) and found != expected:
@@ -75,6 +85,9 @@ def require_same_embedder(data: EmbeddedRows, facts: HeadFacts | EmbeddedRows) -
             )
 
 
-def meta_of(data: EmbeddedRows) -> dict[str, Any]:
-    """What of the embeddings the heads depend on."""
-    return {name: data.meta.get(name) for name in MADE_WITH}
+def made_with(train: EmbeddedRows, validation: EmbeddedRows) -> dict[str, Any]:
+    """What of the embeddings the heads depend on, labels among it, as fields of :class:`HeadFacts`."""
+    of_splits = {"train": train, "validation": validation}
+    return {name: train.meta.get(name) for name in (*MADE_WITH, "shows")} | {
+        f"{name}_sha256": sha256_file(rows.folder / META) for name, rows in of_splits.items()
+    }

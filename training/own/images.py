@@ -14,7 +14,6 @@ resume: a run that was killed is started again with the same arguments.
 from __future__ import annotations
 
 import argparse
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from moe_artifacts.files import write_json
 from training.clip import MODEL_CONFIG
 from training.data.folder import SIZES
 from training.generator_models import DOWNSAMPLING
-from training.own.run import OwnRun, failed, run
+from training.own.run import OwnRun, add_stage_option, failed, run
 
 SETTINGS = (
     "ddim:50,ddim:25,dpm:12,ddim:50,euler-a:25,ddim:20,unipc:12,ddim:25,ddim:12,dpm:25"  # the promise is for the first
@@ -62,7 +61,7 @@ def small_run(
         out=out,
         preview_size=size,
         patch=DOWNSAMPLING,
-        unit="image",  # every image's prompt is drawn on its own
+        unit="image",  # the promise is for the prompts of the table, drawn anew for every image
         collect=["--count", count, *COLLECT],
         calibrate=["--timed-batch", "48"],  # as many as `moe-artifacts demo` makes: small models are slow on few
         tune=[*TUNE, "--classify-steps", str(classify_steps)],
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", default=COUNT, help="images that the pipeline makes (%(default)s)")
     parser.add_argument("--classify-steps", type=int, default=CLASSIFY_STEPS, help="of the scorer (%(default)s)")
     for name in ("generator", "judges"):
-        parser.add_argument(f"--{name}", type=shlex.split, default=[], help="further arguments of that stage, quoted")
+        add_stage_option(parser, name)
     args = parser.parse_args(arguments)
     work: Path = args.out
     source = ["--images", str(args.images), "--out", str(work), "--size", str(args.size)]

@@ -3,7 +3,8 @@
 ``python -m training.own.label OUT --judge verdicts:OUT/unlabelled`` takes every batch that :mod:`training.own.collect` has
 written under ``OUT/unlabelled``, asks the judge for the label of each image, and writes ``OUT/<split>``: the images that have
 one. The others are counted as rejects. What lies under ``OUT/unlabelled`` stays as it is, so that more verdicts, or another
-judge, can label it again.
+judge, can label it again; what the one before has said is removed then. A run that was killed goes on with the batches that
+are missing. ``OUT/label.json`` says whose labels they are; delete it where a function of the same name judges otherwise now.
 
 A judge is named as ``training.judging.judge_named`` says; ``verdicts:FOLDER`` is a folder labelled with ``moe-artifacts
 label FOLDER``.
@@ -15,28 +16,32 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from moe_artifacts.errors import InputError, MoeArtifactsError
+from moe_artifacts.files import read_json, write_json
 from moe_artifacts.shapes import PerImage, RowMask
 from moe_artifacts.trajectory import Trajectory
-from training.judging import FinishedImages, Judge, VerdictJudge, judge_named
+from training.judging import FinishedImages, Judge, LabelTable, VerdictJudge, judge_named
 from training.own.batches import (
     UNLABELLED,
     Reject,
+    batch_folder,
     batch_folders,
     count_splits,
     read_batch,
+    remove_batch,
     take_rows,
     write_batch,
 )
 from training.own.prompts import SPLITS
 from training.workspace import progress
 
+LABEL_NAME = "label.json"
 VERDICTS = "verdicts:"
 NO_LABEL = ("label", "the judge says nothing of it")
 JUDGE_OPTIONS = ("judge_images", "clean", "bad", "bad_below", "bad_above")  # beside the judge itself
@@ -99,9 +104,12 @@ def label_batch(source: Path, target: Path, judge: Judge, name: str) -> None:
     write_batch(target, trajectory, rejects)
 
 
-def label(out: Path, judge: Judge, name: str) -> None:
-    """Label every batch under ``out/unlabelled``.
+def label(out: Path, judge: Judge, name: str, options: Mapping[str, Any] | None = None) -> None:
+    """Label every batch under ``out/unlabelled`` that this judge has not labelled yet.
 
+    Args:
+        name: Of the judge.
+        options: What tells it from another one of the same name, as JSON values.
     Raises:
         InputError: If there is none, or as the judge does.
     """
@@ -111,10 +119,24 @@ def label(out: Path, judge: Judge, name: str) -> None:
             f"{out / UNLABELLED} holds no trajectories: python -m training.own.collect writes them there when it is given "
             "no judge"
         )
-    with progress(len(folders), 0, "label") as bar:
-        for folder in folders:
-            label_batch(folder, out / folder.parent.name / folder.name, judge, name)
+    _begin(out, {"judge": name, **(options or {}), "sha256": judge.sha256() if isinstance(judge, LabelTable) else None})
+    targets = {folder: batch_folder(out, folder.parent.name, int(folder.name)) for folder in folders}
+    missing = {source: target for source, target in targets.items() if not target.exists()}
+    with progress(len(folders), len(folders) - len(missing), "label") as bar:
+        for source, target in missing.items():
+            label_batch(source, target, judge, name)
             bar.update()
+
+
+def _begin(out: Path, told: dict[str, Any]) -> None:
+    """Remove labels that are another judge's."""
+    path = out / LABEL_NAME
+    if path.exists() and read_json(path) == told:
+        return
+    for split in SPLITS:
+        for folder in batch_folders(out, split):
+            remove_batch(folder)
+    write_json(path, told)  # last: a run that is killed before begins anew
 
 
 def add_judge_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -153,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_judge_options(parser, required=True)
     args = parser.parse_args(arguments)
     try:
-        label(args.out, judge_from(args), args.judge)
+        label(args.out, judge_from(args), args.judge, {option: getattr(args, option) for option in JUDGE_OPTIONS})
         for count in count_splits(args.out, SPLITS):
             print(count)
     except (MoeArtifactsError, OSError) as error:

@@ -10,6 +10,9 @@ import torch
 from moe_artifacts.bundled import FOLDER, bundled_pipeline
 from moe_artifacts.checkpoint import HUB_ID
 from moe_artifacts.errors import CheckpointError
+from training.processes import checked_device
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def load_pipeline(
@@ -22,7 +25,9 @@ def load_pipeline(
         device: None: cuda where there is one, else cpu.
     Raises:
         CheckpointError: If there is none, or it cannot be read.
+        InputError: If there is no such device.
     """
+    place = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     defaults: dict[str, Any] = {}
     if name.isidentifier() and (FOLDER / name / "pipeline").is_dir():
         pipe, defaults = bundled_pipeline(name)
@@ -39,4 +44,4 @@ def load_pipeline(
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"the pipeline {name!r} cannot be read: {error}") from error
         pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), defaults
+    return pipe.to(place), defaults

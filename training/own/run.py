@@ -1,6 +1,6 @@
 """From prompts to a scorer of one's own pipeline with one command: every stage of training.own, one after the other.
 
-    python -m training.own.run PIPELINE --prompts FILE --judge JUDGE --model CONFIG --out FOLDER
+    python -m training.own.run PIPELINE --prompts FILE --judge JUDGE --model MODEL --pretrained TAG --out FOLDER
 
 Each stage is the command that docs/train-your-own.md shows, with the arguments printed, so that any of them can be run again by
 hand. All stages resume: a run that was killed is started again with the same arguments.
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_artifacts.files import write_json
+from moe_artifacts.preview import LinearPreview
 from training.own.prompts import SPLITS
 
 EVALUATED_SHARES = "0.15,0.25,0.35,0.5,1"
@@ -37,6 +38,8 @@ class OwnRun:
     model: str  # of open_clip: a name, or a configuration
     out: Path
     preview_size: int  # pixels of a side of the images that the preview is fitted to
+    pretrained: str | None = None  # of the model, as of training.clip_tune
+    device: str | None = None  # None: each stage's own
     patch: int = 1  # preview pixels per latent
     unit: str = "prompt"
     against: str | None = None
@@ -51,28 +54,37 @@ class OwnRun:
         preview, clip, heads, scorer = (self.out / name for name in ("preview.safetensors", "clip", "heads", "scorer"))
         shown = ["--embedder", str(clip), "--preview", str(preview)]
         common = ["--prompts", str(self.prompts), "--judge", self.judge, "--keep-images"]
+        device = [] if self.device is None else ["--device", self.device]
         found: list[tuple[str, list[str]]] = [
-            ("training.own.collect", [self.pipeline, *common, "--out", str(trajectories), *self.collect])
+            ("training.own.collect", [self.pipeline, *common, *device, "--out", str(trajectories), *self.collect])
         ]
-        if not preview.exists():
+        if not self._has_preview(preview):
             # The validation images are enough for a linear map, and every image goes through the VAE twice.
             images = ["--vae", vae_of(self.pipeline), "--images", str(trajectories / "validation")]
             size = ["--size", str(self.preview_size), "--patch", str(self.patch)]
-            found.append(("training.fit_preview", [*images, *size, "--out", str(preview)]))
+            found.append(("training.fit_preview", [*images, *size, *device, "--out", str(preview)]))
         data = ["--data", str(trajectories / "train"), "--preview", str(preview)]
-        found.append(("training.clip_tune", ["--model", self.model, *data, "--out", str(clip), *self.tune]))
+        model = ["--model", self.model, *([] if self.pretrained is None else ["--pretrained", self.pretrained])]
+        found.append(("training.clip_tune", [*model, *data, *device, "--out", str(clip), *self.tune]))
         found += [
-            ("training.embed", [str(trajectories / split), *shown, "--out", str(embedded / split)])
+            ("training.embed", [str(trajectories / split), *shown, *device, "--out", str(embedded / split)])
             for split in SPLITS
             if split != "test"  # the evaluation embeds for itself, as the guard does
         ]
-        found.append(("training.own.train", [str(embedded), "--out", str(heads), *self.train]))
-        certified = ["--heads", str(heads), *shown, "--pipeline", self.pipeline, "--unit", self.unit]
+        found.append(("training.own.train", [str(embedded), *device, "--out", str(heads), *self.train]))
+        certified = ["--heads", str(heads), *shown, "--pipeline", self.pipeline, "--unit", self.unit, *device]
         found.append(("training.own.calibrate", [str(embedded), *certified, "--out", str(scorer), *self.calibrate]))
         against = [] if self.against is None else ["--against", self.against]
         shares = ["--shares", EVALUATED_SHARES]
         found.append(("training.own.evaluate", [str(scorer), str(trajectories / "test"), *shares, *against]))
         return found
+
+    def _has_preview(self, path: Path) -> bool:
+        """Whether it is there, fitted as is asked for now."""
+        if not path.exists():
+            return False
+        facts = LinearPreview.facts(path)
+        return (facts.get("size"), facts.get("patch")) == (self.preview_size, self.patch)
 
 
 def vae_of(pipeline: str) -> str:
@@ -101,6 +113,14 @@ def run(own: OwnRun, before: Sequence[tuple[str, list[str]]] = ()) -> None:
     print(f"\n{sum(seconds.values()) / 60:.0f} minutes; {own.out / 'scorer'} is the scorer")
 
 
+def add_stage_option(parser: argparse.ArgumentParser, name: str) -> None:
+    """Further arguments of a stage, as one option."""
+    # With the equals sign: a value that begins with a dash would be taken for an option.
+    parser.add_argument(
+        f"--{name}", type=shlex.split, default=[], help=f"further arguments of that stage: --{name}='--seed 1'"
+    )
+
+
 def failed(error: subprocess.CalledProcessError) -> int:
     """The exit status of a command whose stage failed, after a line that says which."""
     print(f"error: python -m {error.cmd[2]} failed; the stages before it are done and are kept", file=sys.stderr)
@@ -113,13 +133,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", required=True, type=Path, help="as of training.own.collect")
     parser.add_argument("--judge", required=True, help="as of training.own.collect")
     parser.add_argument("--model", required=True, help="of open_clip: a name, or a configuration, .json")
+    parser.add_argument("--pretrained", help="weights of the model, as of training.clip_tune")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--preview-size", type=int, default=512, help="side of the images in pixels (%(default)s)")
     parser.add_argument("--patch", type=int, default=1, help="preview pixels per latent (%(default)s)")
     parser.add_argument("--unit", choices=("image", "prompt"), default="prompt", help="of the promise (%(default)s)")
+    parser.add_argument("--device", help="of all stages (each one's own)")
     parser.add_argument("--against", help="a scorer to compare with")
     for name in ("collect", "tune", "train", "calibrate"):
-        parser.add_argument(f"--{name}", type=shlex.split, default=[], help="further arguments of that stage, quoted")
+        add_stage_option(parser, name)
     own = OwnRun(**vars(parser.parse_args(arguments)))
     try:
         run(own)

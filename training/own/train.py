@@ -20,14 +20,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
+import torch
 from safetensors import safe_open
 
-from moe_artifacts.errors import ConfigError, InputError, MoeArtifactsError
+from moe_artifacts.errors import ConfigError, MoeArtifactsError
 from training.embedded import EmbeddedRows
 from training.head_data import HeadData, at_most, is_bad, labelled, log_snr_range_of, rows_per_band
-from training.heads import HeadRecipe, HeadSpace, Variant
-from training.own.heads_folder import FACTS_NAME, WEIGHTS_NAME, HeadFacts, meta_of, read_facts, require_same_embedder
+from training.heads import HeadRecipe, HeadSpace, Variant, head_configs
+from training.own.heads_folder import FACTS_NAME, WEIGHTS_NAME, HeadFacts, made_with, read_facts, require_same_embedder
 from training.posterior import train_posterior
+from training.processes import checked_device
 from training.workspace import open_tracker
 
 RECIPE = HeadRecipe(name="heads", steps=2_000, patience=6)
@@ -42,7 +44,7 @@ def train(
     recipe: HeadRecipe = RECIPE,
     *,
     log_snr_range: tuple[float, float] | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     track: Callable[..., None] | None = None,
 ) -> HeadFacts:
     """Train heads into ``out``.
@@ -63,7 +65,7 @@ def train(
     facts = HeadFacts(
         recipe=recipe,
         space=space,
-        **meta_of(rows),
+        **made_with(rows, other),
         images=len(data),
         bad_rate=data.label.mean().item(),
         rows_per_band=tuple(rows_per_band(data, space.log_snr_range)),
@@ -75,6 +77,7 @@ def train(
             len(facts.rows_per_band),
             *space.log_snr_range,
         )
+    head_configs(recipe, space)  # what is wrong with them, before the folder is theirs
     _claim(out, facts)
     path = train_posterior(
         recipe,
@@ -124,7 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("embedded", type=Path, metavar="EMBEDDED", help="with the folders train and validation")
     parser.add_argument("--out", required=True, type=Path, metavar="HEADS")
     parser.add_argument(
-        "--log-snr-range", metavar="LOW,HIGH", help="nats that progress is measured over (those of the training images)"
+        "--log-snr-range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="nats that progress is measured over (those of the training images)",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
@@ -150,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.embedded,
             args.out,
             recipe,
-            log_snr_range=None if args.log_snr_range is None else _range(args.log_snr_range),
-            device=args.device,
+            log_snr_range=args.log_snr_range and tuple(args.log_snr_range),
+            device=checked_device(args.device),
             track=_tracker(args.tracker, args.out),
         )
     except (MoeArtifactsError, OSError) as error:  # OSError: a full disk
@@ -159,14 +166,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"{args.out}: AUROC {facts.auroc:.4f} on validation, mean over the checks")
     return 0
-
-
-def _range(text: str) -> tuple[float, float]:
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"log_snr_range must be two numbers such as -5.1,6.8, got {text!r}") from error
-    return low, high
 
 
 def _tracker(name: str, folder: Path) -> Callable[..., None]:
