@@ -84,7 +84,7 @@ def require_all_batches(split: Path) -> None:
 def write_batch(
     folder: Path, trajectory: Trajectory | None, rejects: Sequence[Reject], images: Preview | None = None
 ) -> None:
-    """Write a batch in one move.
+    """Write a batch in one move; one that is there already is replaced.
 
     Args:
         trajectory: None, or one of no images: all were left out.
@@ -101,6 +101,8 @@ def write_batch(
         with atomic_path(unfinished / REJECTS_NAME) as temporary:
             pq.write_table(pa.Table.from_pylist(list(rejects), schema=REJECTS), temporary)
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            remove_batch(folder)
         unfinished.rename(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)  # a full disk gets its space back
