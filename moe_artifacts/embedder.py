@@ -83,15 +83,14 @@ class ClipEmbedder(nn.Module):
             raise InputError(f"preview must be (batch, 3, height, width), got shape {tuple(preview.shape)}")
         if not preview.is_floating_point() and preview.dtype != torch.uint8:
             raise InputError(f"preview must be float, in [0, 1], or uint8, got {preview.dtype}")
-        pixels = preview.float() if preview.is_floating_point() else preview.float().div_(255)
+        pixels, white = preview.float(), 1 if preview.is_floating_point() else 255
         if len(pixels) == 0:
             return pixels.new_zeros(0, self.config.embed_dim)  # torch does not resize an empty batch
-        pixels = resize_and_crop(pixels, self._preprocess_config)
-        mean, std = self._preprocess_config["mean"], self._preprocess_config["std"]
+        pixels = resize_and_crop(pixels, self._preprocess_config, white)
+        mean, std = (pixels.new_tensor(self._preprocess_config[name])[:, None, None] for name in ("mean", "std"))
         precision = next(self.clip.visual.parameters()).dtype
-        shift, scale = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
-        # As torchvision's normalize, without a copy of what is ours.
-        pixels = (pixels.sub_(shift) if preview.dtype == torch.uint8 else pixels - shift).div_(scale)
+        # (pixels / white - mean) / std, in one pass over the pixels.
+        pixels = torch.addcmul(-mean / std, pixels, 1 / (white * std))
         features = self.clip.encode_image(pixels.to(precision))
         return F.normalize(features.float(), dim=-1)
 
@@ -141,14 +140,15 @@ class ClipEmbedder(nn.Module):
             )
 
 
-def resize_and_crop(preview: Preview, preprocess_config: Mapping[str, Any]) -> TowerInput:
+def resize_and_crop(preview: Preview, preprocess_config: Mapping[str, Any], white: float = 1) -> TowerInput:
     """Bring a preview to the size of the image tower, as open_clip does with PIL images.
 
     Args:
+        preview: Float, in [0, ``white``].
         preprocess_config: open_clip's: ``size``, ``interpolation`` and ``resize_mode``, which is "shortest" (fill the
             target and crop), "longest" (fit into it and pad with black) or "squash".
     Returns:
-        In [0, 1]; ``preview`` itself where it has the size already.
+        In [0, ``white``]; ``preview`` itself where it has the size already.
     """
     source, mode = preview.shape[2:], preprocess_config["resize_mode"]
     size = preprocess_config["size"]
@@ -167,7 +167,7 @@ def resize_and_crop(preview: Preview, preprocess_config: Mapping[str, Any]) -> T
             preprocess_config["interpolation"] == "bilinear"
         )  # "random", which is for training, means bicubic here
         interpolation = TF.InterpolationMode.BILINEAR if bilinear else TF.InterpolationMode.BICUBIC
-        preview = TF.resize(preview, list(resized), interpolation, antialias=True).clamp(0, 1)
+        preview = TF.resize(preview, list(resized), interpolation, antialias=True).clamp(0, white)
     return preview if resized == size else TF.center_crop(preview, list(size))
 
 

@@ -356,6 +356,9 @@ def test_an_embedder_is_tuned_a_scorer_or_a_model_of_open_clip(tmp_path):
     found, shown = load_embedder(str(tmp_path / "model.json"), str(tmp_path / "tuned" / "embedder.safetensors"))
     assert shown is None and found.weights_sha256() == tuned.weights_sha256()
 
+    with pytest.raises(InputError, match="ViT-B-32 needs --pretrained"):
+        load_embedder("ViT-B-32")
+
     for name in ("tuned", "scorer"):
         with pytest.raises(InputError, match="has weights of its own: leave pretrained out"):
             load_embedder(str(tmp_path / name), "openai")

@@ -22,7 +22,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,8 +46,8 @@ from training.data.pairs import MicroBatches, PreviewPairs, RowSampler, hold_out
 from training.loop import StepBatch, TrainingLoop, cosine_schedule
 from training.processes import Processes, checked_device
 from training.state import step_generator
+from training.trackers import add_tracker_option, chosen_tracker, open_tracker
 from training.wise_ft import MIXES, as_rows, best_mix, best_per_band, sweep, write_mix
-from training.workspace import open_tracker
 
 HIGHEST_SCALE = 100.0  # of the logits, as in open_clip
 
@@ -334,11 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--device", default="cpu", help="without a launcher (%(default)s)")
-    parser.add_argument(
-        "--tracker",
-        default=os.environ.get("MOE_ARTIFACTS_TRACKER", "tensorboard"),
-        help="any that accelerate knows, or none (%(default)s)",
-    )
+    add_tracker_option(parser)
     options = parser.add_argument_group("recipe", "documented at TuneRecipe")
     for field in dataclasses.fields(TuneRecipe):
         kind = _numbers if field.name == "mixes" else type(field.default)
@@ -349,12 +344,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         recipe = TuneRecipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TuneRecipe)})
-        device = checked_device(args.device)
+        device, tracker = checked_device(args.device), chosen_tracker(args.tracker)
         pretrained = chosen_weights(args.model, args.pretrained)
         pairs = read_pairs(args.data, args.images)
         embedder = build_embedder(args.model, pretrained, recipe.seed)
         towers = Towers(embedder, load_preview(args.preview, pairs.kind), recipe.precision).to(device)
-        path = Tuning(towers, pairs, recipe, args.out, args.tracker).run()
+        path = Tuning(towers, pairs, recipe, args.out, tracker).run()
     except (MoeArtifactsError, OSError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -39,7 +39,7 @@ from moe_artifacts.errors import InputError
 from moe_artifacts.files import read_json
 from moe_artifacts.preview import LinearPreview
 from moe_artifacts.shapes import Embedding
-from training.clip_towers import build_embedder, load_preview
+from training.clip_towers import build_embedder, chosen_weights, load_preview
 from training.level_images import LevelImage, LevelSource, open_source
 from training.processes import checked_device
 from training.row_jobs import RowJob, ShardRows, add_run_options, in_batches, run_command
@@ -168,15 +168,15 @@ def load_embedder(name: str, pretrained: str | None = None) -> tuple[ClipEmbedde
     Args:
         name: A folder of :mod:`training.clip_tune`; a scorer, as a folder or a bundled name; or a model of open_clip, by its
             name or a configuration in a JSON file.
-        pretrained: As of :func:`training.clip_towers.build_embedder`, for a model of open_clip.
+        pretrained: As of :func:`training.clip_towers.chosen_weights`, for a model of open_clip.
     Raises:
         ConfigError, CheckpointError: If it cannot be built or loaded.
-        InputError: If ``pretrained`` is given for what has its weights.
+        InputError: If ``pretrained`` is given for what has its weights, or missing for a model by its name.
     """
     folder = Path(name)
     tuned = (folder / "embedder.json").exists()
     if not tuned and not (folder / CONFIG_NAME).exists() and not (BUNDLED / name / "scorer").is_dir():
-        return build_embedder(name, pretrained), None
+        return build_embedder(name, chosen_weights(name, pretrained)), None
     if pretrained is not None:
         raise InputError(f"{name} has weights of its own: leave pretrained out, got {pretrained!r}")
     if tuned:
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         required=True,
         help="folder of training.clip_tune, scorer (folder or bundled name), or model of open_clip (name or .json file)",
     )
-    parser.add_argument("--pretrained", help="for a model of open_clip: tag, or .safetensors file of its weights")
+    parser.add_argument("--pretrained", help="for a model of open_clip: tag, .safetensors file of its weights, or none")
     parser.add_argument(
         "--preview", help="for latents: file of training.fit_preview, sdxl, or folder or Hub id of a VAE, tiny or full"
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_artifacts.errors import ConfigError, InputError, MoeArtifactsError
-from training.workspace import LAUNCHED
+from training.trackers import LAUNCHED
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

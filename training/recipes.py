@@ -13,6 +13,7 @@ import subprocess
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moe_artifacts.errors import InputError
 from moe_artifacts.files import atomic_path
 from training.ancestor import train_ancestor
 from training.bundle import bundle, write_training_log
@@ -24,6 +25,7 @@ from training.generator import GeneratorRecipe, load_vae, train_denoiser, train_
 from training.judges import train_judges
 from training.own.images import small_run
 from training.own.run import run as run_own
+from training.trackers import add_tracker_option, chosen_tracker
 from training.train import ABLATIONS, embed_split, train_posterior
 from training.workspace import compile_if_possible, work_folder
 
@@ -82,9 +84,12 @@ RECIPES = {"bundled": bundled, "own-fashion": own_fashion}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=sorted(RECIPES))
-    parser.add_argument("--tracker", default="tensorboard", help="tensorboard, wandb, trackio or none")
+    add_tracker_option(parser)
     args = parser.parse_args()
-    os.environ["MOE_ARTIFACTS_TRACKER"] = args.tracker
+    try:
+        os.environ["MOE_ARTIFACTS_TRACKER"] = chosen_tracker(args.tracker)
+    except InputError as error:
+        parser.error(str(error))
     try:
         RECIPES[args.recipe]()
     except subprocess.CalledProcessError as error:

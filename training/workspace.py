@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-LAUNCHED = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and by accelerate launch
+from training.trackers import chosen_tracker, open_tracker
 
 
 def keep_freed_memory() -> None:
@@ -39,12 +39,14 @@ def work_folder() -> Path:
 class Stage:
     """The folder of one stage: ``log.txt``, its tracker files and its resumable state.
 
-    The tracker is any that accelerate knows ("tensorboard", "wandb", "trackio") or "none": by default what
-    ``MOE_ARTIFACTS_TRACKER`` says, and TensorBoard without it.
+    Args:
+        tracker: As of :func:`training.trackers.chosen_tracker`.
+    Raises:
+        InputError: If there is no such tracker.
     """
 
     def __init__(self, name: str, tracker: str | None = None) -> None:
-        self.name = name
+        self.name, self._tracker_name = name, chosen_tracker(tracker)
         self.folder = work_folder() / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = logging.getLogger(f"training.{name}")
@@ -54,7 +56,6 @@ class Stage:
             for handler in (logging.FileHandler(self.folder / "log.txt"), logging.StreamHandler(sys.stderr)):
                 handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s", "%H:%M:%S"))
                 self.log.addHandler(handler)
-        self._tracker_name = tracker or os.environ.get("MOE_ARTIFACTS_TRACKER", "tensorboard")
         self._accelerator: Any = None
 
     def track(self, step: int, **values: float) -> None:
@@ -65,18 +66,6 @@ class Stage:
         if self._accelerator is None:
             self._accelerator = open_tracker(self._tracker_name, self.folder)
         self._accelerator.log({f"{self.name}/{k}": v for k, v in values.items()}, step=step)
-
-
-def open_tracker(name: str, folder: Path) -> Any:
-    """An ``Accelerator`` whose ``log`` writes to a tracker that accelerate knows, into ``folder`` if it writes files."""
-    from accelerate import Accelerator
-    from accelerate.state import is_initialized
-
-    # All Accelerators of a process share one device: a tracker must not choose it for a training that accelerate runs.
-    shared = is_initialized() or any(variable in os.environ for variable in LAUNCHED)
-    accelerator = Accelerator(log_with=name, project_dir=folder, cpu=not shared)
-    accelerator.init_trackers("tracker")
-    return accelerator
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from benchmarks.ablation.scores import SPLITS, Bench
 from benchmarks.ablation.table import table
 from benchmarks.ablation.wishes import VARIANTS
 from benchmarks.results import write_results
-from moe_artifacts.errors import MoeArtifactsError
+from moe_artifacts.errors import InputError, MoeArtifactsError
 from training.workspace import Stage
 
 WISHES = tuple(dict.fromkeys(variant.wish for variant in VARIANTS))
@@ -102,7 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     designs = designs_of(args.only or WISHES)
     stage = Stage(inputs.scale.folder, tracker="none")
     start = time.perf_counter()
-    claim(inputs)
+    try:
+        claim(inputs)
+    except InputError as error:
+        parser.error(str(error))
     prepare(inputs, designs)
     stage.log.info("prepared in %.0f s", time.perf_counter() - start)
     if args.prepare:

@@ -16,6 +16,7 @@ from training.forward_chain import NoiseKind
 # Noisy latents: finished ones with noise added, or those of a run; and x0 predictions of a run.
 View = Literal["x_t", "x0"]
 PreviewKind = Literal["linear", "tiny", "vae"]
+Rule = Literal["one-check", "posterior", "cumulative", "cumulative-palbert"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class Design:
     samples: Samples = Samples()
     alone: bool = False  # each preview by itself; otherwise the head also sees the change since the check before
     head: Literal["single-head", "soft", "hard"] = "single-head"
-    rule: Literal["one-check", "posterior", "cumulative", "cumulative-palbert"] = "posterior"
+    rule: Rule = "posterior"
     tested_on: View = "x0"
 
     @property

@@ -7,8 +7,9 @@ noise), the backbone is plain: one that has learned from previews has seen more 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from benchmarks.ablation.designs import Design, Samples, Tower
+from benchmarks.ablation.designs import Design, Rule, Samples, Tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +33,14 @@ def single_previews(images: int, levels: int, schedulers: str = "ddim:50", one_l
     return replace(FORWARD_PLAIN, samples=samples, alone=True)
 
 
-def with_tower(**changes: object) -> Design:
+def with_tower(**changes: Any) -> Design:
     """One's own runs through another backbone."""
-    return replace(OWN, tower=replace(OWN.tower, **changes))  # type: ignore[arg-type]
+    return replace(OWN, tower=replace(OWN.tower, **changes))
 
 
-def with_rule(rule: str) -> Design:
+def with_rule(rule: Rule) -> Design:
     """One's own runs, the full mixture, and another way to decide."""
-    return replace(OWN, head="soft", rule=rule)  # type: ignore[arg-type]
+    return replace(OWN, head="soft", rule=rule)
 
 
 FRESH = replace(FORWARD_PLAIN, samples=replace(FORWARD_PLAIN.samples, noise="fresh"))

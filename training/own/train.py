@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from training.heads import HeadRecipe, HeadSpace, Variant, head_configs
 from training.own.heads_folder import FACTS_NAME, WEIGHTS_NAME, HeadFacts, made_with, read_facts, require_same_embedder
 from training.posterior import train_posterior
 from training.processes import checked_device
-from training.workspace import open_tracker
+from training.trackers import add_tracker_option, chosen_tracker, open_tracker
 
 RECIPE = HeadRecipe(name="heads", steps=2_000, patience=6)
 VALIDATION_IMAGES = 10_000  # more would change little, and are looked at again and again
@@ -134,11 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="nats that progress is measured over (those of the training images)",
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--tracker",
-        default=os.environ.get("MOE_ARTIFACTS_TRACKER", "tensorboard"),
-        help="any that accelerate knows, or none (%(default)s)",
-    )
+    add_tracker_option(parser)
     options = parser.add_argument_group("recipe", "documented at training.heads.HeadRecipe")
     for field in dataclasses.fields(HeadRecipe):
         default = getattr(RECIPE, field.name)
@@ -159,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             recipe,
             log_snr_range=args.log_snr_range and tuple(args.log_snr_range),
             device=checked_device(args.device),
-            track=_tracker(args.tracker, args.out),
+            track=_tracker(chosen_tracker(args.tracker), args.out),
         )
     except (MoeArtifactsError, OSError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)
