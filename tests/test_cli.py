@@ -39,6 +39,14 @@ def test_ctrl_c_is_one_line(monkeypatch, tmp_path):
     assert (done.exit_code, done.stderr) == (130, "interrupted\n")
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    words = [sys.executable, "-c", "from moe_artifacts.cli import app; app()", "inspect", "fashion"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+        command.stdout.close()  # before anything is written
+        assert command.stderr.read() == ""
+    assert command.returncode == 1
+
+
 def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
     def fail(*_):
         raise IndexError("ours")

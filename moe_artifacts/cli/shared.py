@@ -15,6 +15,8 @@ def errors_in_one_line() -> Iterator[None]:
     """What the caller can do something about ends in one line and exit code 2; our own mistakes keep their traceback."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # the reader of our output has seen enough, as of ``| head``: typer ends without a word
     except (MoeArtifactsError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
