@@ -60,7 +60,11 @@ def say(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_road_from_a_pipeline(tmp_path: Path) -> None:
-    prompts = [prompt for label in range(10) for prompt in prompts_of(label, "all")]
+    described = [prompt for label in range(10) for prompt in prompts_of(label, "all")]
+    # Enough for the promise of the page: a prompt is seen once.
+    prompts = [
+        f"{words}{prompt}" for words in ("", "new, ", "old, ", "dark, ", "light, ", "small, ") for prompt in described
+    ]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     (tmp_path / "model.json").write_text(json.dumps(MODEL_CONFIG), encoding="utf-8")
     values = {

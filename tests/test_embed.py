@@ -2,10 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
-import os
-import random
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from moe_artifacts.files import read_json, write_json
 from moe_artifacts.latent_spaces import space_of_vae
 from moe_artifacts.preview import LinearPreview
 from moe_artifacts.trajectory import Trajectory
+from tests.kills import kill_ten_times
 from tests.scorers import EMBED_DIM, TINY_CLIP, tiny_scorer
 from tests.some_pairs import trajectory
 from training.embed import COLUMNS, Embed, embed_job, load_embedder, main
@@ -425,17 +422,10 @@ def test_trajectories_judged_anew_need_another_folder(tmp_path, capsys):
 def test_a_run_killed_ten_times_writes_what_an_uninterrupted_one_does(tmp_path):
     for number in range(12):
         trajectory(["a bag", "a boot"] * 20, seed=number).save(tmp_path / "runs" / f"{number:05d}")
+    start = time.perf_counter()
     assert main(arguments(tmp_path / "runs", tmp_path / "whole")) == 0
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.embed", "open_clip"])  # imported once for all
-    rng, killed = random.Random(0), 0
-    while killed < 10:
-        process = context.Process(target=main, args=(arguments(tmp_path / "runs", tmp_path / "out"),))
-        process.start()
-        time.sleep(rng.uniform(0.05, 1.5))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        killed += 1
+    seconds = time.perf_counter() - start
+    kill_ten_times(main, arguments(tmp_path / "runs", tmp_path / "out"), tmp_path / "out", seconds)
     assert main(arguments(tmp_path / "runs", tmp_path / "out")) == 0
     found = {
         name: content for name, content in contents(tmp_path / "out").items() if not Path(name).name.startswith(".")

@@ -4,11 +4,7 @@ import dataclasses
 import gzip
 import json
 import math
-import multiprocessing
-import os
-import random
 import re
-import signal
 import struct
 import time
 import zipfile
@@ -34,6 +30,7 @@ from moe_artifacts.errors import InputError, LatentSpaceError, UnsupportedPipeli
 from moe_artifacts.latent_spaces import space_of_vae
 from moe_artifacts.noise import NoiseLevel, noise_levels
 from moe_artifacts.preview import LinearPreview, TinyPreview, VaePreview
+from tests.kills import kill_ten_times
 from training import row_jobs
 from training.data.fashion import FILES
 from training.data.images import BadImage
@@ -667,17 +664,9 @@ def test_a_source_needs_its_images(data, capsys):
 @pytest.mark.slow
 def test_a_run_killed_ten_times_writes_what_an_uninterrupted_one_does(data):
     given = ["--images-per-shard", "1", "--levels-per-image", "2"]
+    start = time.perf_counter()
     assert main(arguments(data, "whole", *given)) == 0
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.forward_noise"])  # imported once for all
-    rng, killed = random.Random(0), 0
-    while killed < 10:
-        process = context.Process(target=main, args=(arguments(data, "out", *given),))
-        process.start()
-        time.sleep(rng.uniform(0.05, 1.0))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        killed += 1
+    kill_ten_times(main, arguments(data, "out", *given), data / "out", time.perf_counter() - start)
     assert main(arguments(data, "out", *given)) == 0
     found = {name: content for name, content in contents(data / "out").items() if not re.search(r"(^|/)\.", name)}
     assert found == contents(data / "whole")

@@ -311,6 +311,24 @@ def test_a_soft_certificate_takes_the_higher_of_two_thresholds(road: Road) -> No
         certified(candidate, 0.0, data, prompt, run, Promise(max_risk=0.001, confidence=0.99, unit="image"))
 
 
+def test_too_few_images_are_refused_before_anything_is_trained(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, _ = read_heads(road.heads)
+    train, validation, held_out = (
+        labelled(EmbeddedRows(road.embedded / name), name) for name in ("train", "validation", "calibration")
+    )
+
+    def fail(*_: object) -> None:
+        raise AssertionError("trained for nothing")
+
+    monkeypatch.setattr("training.rules.choose_checks", fail)
+    monkeypatch.setattr("training.rules.candidates", fail)
+    promise = Promise(max_risk=0.001, confidence=0.99, unit="prompt")
+    sampling = Sampling(scheduler=None, num_inference_steps=None, guidance_scale=None, num_steps=8)
+    message = r"needs at least [\d,]+ prompts .* to calibrate on\. The unit \"image\" needs fewer"
+    with pytest.raises(CalibrationError, match=message):
+        calibrate_for(heads, fit_calibration(heads, validation), train, validation, held_out, sampling, 0.02, promise)
+
+
 def test_a_boundary_looks_cheaper_on_the_images_that_it_was_fitted_on() -> None:
     costs = []
     for seed in range(12):

@@ -254,6 +254,18 @@ def choose_checks(
     return (*chosen, last) if last not in chosen else chosen
 
 
+def certify_with(promise: Promise, statistic: np.ndarray, bad: np.ndarray, prompt: np.ndarray) -> Certified:
+    """The lowest threshold that keeps the promise on these images."""
+    return certify(
+        statistic,
+        bad,
+        prompt,
+        risks=Risk("false-aborts", promise.max_risk),
+        confidence=promise.confidence,
+        unit=promise.unit,
+    )
+
+
 def certified(
     candidate: Candidate, floor: float, data: ExitData, prompt: np.ndarray, run: Run, promise: Promise, **setting: Any
 ) -> tuple[ThresholdConfig, Certified]:
@@ -268,14 +280,7 @@ def certified(
         CalibrationError: If there are too few images, or prompts, for the promise; it says how many are needed.
     """
     paths = paths_of(candidate, data)
-    found = certify(
-        last_statistic(run, paths.statistic, paths.clear),
-        data.bad.numpy(),
-        prompt,
-        risks=Risk("false-aborts", promise.max_risk),
-        confidence=promise.confidence,
-        unit=promise.unit,
-    )
+    found = certify_with(promise, last_statistic(run, paths.statistic, paths.clear), data.bad.numpy(), prompt)
     rule = dataclasses.replace(
         candidate.rule,
         threshold=max(found.threshold, floor),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 
@@ -153,6 +154,7 @@ def calibrate_for(
             "training.own.collect"
         )
     most, every = promise.max_risk, tuple(range(validation.checks))
+    _require_enough(promise, held_out)
     few = at_most(validation, CHOOSING_IMAGES, seed=0)
     run = rules.run_of(few, every, sampling.num_steps, check_cost)
     checks = rules.choose_checks(heads, calibration, few, run, most)
@@ -187,7 +189,7 @@ def calibrate_for(
             thresholds[name], _ = rules.certified(candidate, floor, last, prompt, final, promise, **setting)
         except CalibrationError as error:
             if name == default:
-                raise CalibrationError(_with_counts(error, promise, held_out)) from error
+                raise
             log.info("the rule %s is left out: %s", name, error)
     return Calibrated(
         default=default,
@@ -214,8 +216,15 @@ def _shares(data: HeadData, checks: Sequence[int]) -> str:
     return ", ".join(f"{share:.0%}" for share in spent.tolist())
 
 
-def _with_counts(error: CalibrationError, promise: Promise, held_out: HeadData) -> str:
-    told = f"{error}; there are {len(held_out)} images of {len(held_out.prompt_id.unique())} prompts to calibrate on"
-    if promise.unit == "prompt":
-        told += '. The unit "image" needs fewer, but holds only where the prompt of every image was drawn on its own'
-    return told
+def _require_enough(promise: Promise, held_out: HeadData) -> None:
+    """Refuse, before anything is trained, what not even a rule without a single false abort could certify."""
+    prompt = held_out.prompt_id.numpy()
+    try:
+        rules.certify_with(promise, np.zeros(len(held_out), dtype=np.float32), held_out.label.numpy(), prompt)
+    except CalibrationError as error:
+        told = f"{error}; there are {len(held_out)} images of {len(np.unique(prompt))} prompts to calibrate on"
+        if promise.unit == "prompt":
+            told += (
+                '. The unit "image" needs fewer, but holds only where the prompt of every image was drawn on its own'
+            )
+        raise CalibrationError(told) from error
