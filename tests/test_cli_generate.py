@@ -112,6 +112,7 @@ def test_the_real_scorer_of_the_bundle_goes_through(tmp_path):
         (["--prompt", "a bag", "--batch-size", 0], "batch_size must be a whole number of at least 1"),
         (["--prompt", "a bag", "--max-attempts", 0], "max_attempts must be a whole number of at least 1"),
         (["--prompt", "a bag", "--audit-rate", 1.5], "audit_rate"),
+        (["--prompt", "a bag", "--device", "abacus"], "device 'abacus' cannot be used here"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, arguments, message):

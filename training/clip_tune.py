@@ -38,13 +38,14 @@ from moe_artifacts.config import to_dict
 from moe_artifacts.embedder import state_sha256
 from moe_artifacts.errors import ConfigError, InputError, MoeArtifactsError
 from moe_artifacts.files import read_json, write_json
+from moe_artifacts.loading import checked_device
 from moe_artifacts.shapes import Embedding, Rows
 from training.band_probe import Bands, band_scores, bands_with_both_kinds, embed_rows
 from training.cached_contrastive import cached_backward, clip_loss, siglip_loss
 from training.clip_towers import Head, Towers, build_embedder, chosen_weights, load_preview
 from training.data.pairs import MicroBatches, PreviewPairs, RowSampler, hold_out, read_pairs
 from training.loop import StepBatch, TrainingLoop, cosine_schedule
-from training.processes import Processes, checked_device
+from training.processes import Processes
 from training.state import step_generator
 from training.trackers import add_tracker_option, chosen_tracker, open_tracker
 from training.wise_ft import MIXES, as_rows, best_mix, best_per_band, sweep, write_mix

@@ -37,11 +37,11 @@ from moe_artifacts.config import EmbedderConfig, from_dict
 from moe_artifacts.embedder import ClipEmbedder, state_sha256
 from moe_artifacts.errors import InputError
 from moe_artifacts.files import read_json
+from moe_artifacts.loading import checked_device
 from moe_artifacts.preview import LinearPreview
 from moe_artifacts.shapes import Embedding
 from training.clip_towers import build_embedder, chosen_weights, load_preview
 from training.level_images import LevelImage, LevelSource, open_source
-from training.processes import checked_device
 from training.row_jobs import RowJob, ShardRows, add_run_options, in_batches, run_command
 
 COLUMNS = pa.schema(

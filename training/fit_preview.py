@@ -29,11 +29,11 @@ from moe_artifacts.config import LatentSpaceConfig
 from moe_artifacts.errors import InputError, LatentSpaceError, MoeArtifactsError
 from moe_artifacts.files import sha256_file
 from moe_artifacts.latent_spaces import LATENT_SPACES, differences, scheduler_latents, space_of_vae
+from moe_artifacts.loading import checked_device
 from moe_artifacts.preview import LinearPreview
 from moe_artifacts.preview_fit import FactorFit, PreviewError
 from moe_artifacts.shapes import Latents, Preview
 from training.data.images import BadImage, image_files, read_image
-from training.processes import checked_device
 
 VAES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderDC", "AutoencoderTiny")
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from moe_artifacts.config import LatentSpaceConfig, to_dict
 from moe_artifacts.embedder import resize_and_crop, state_sha256
 from moe_artifacts.errors import InputError, LatentSpaceError
+from moe_artifacts.loading import checked_device
 from moe_artifacts.preview import LinearPreview, TinyPreview, VaePreview
 from moe_artifacts.seeds import attempt_seed
 from moe_artifacts.shapes import Latents, Preview
@@ -41,7 +42,6 @@ from training.forward_chain import NoiseKind, add_noise, draw_levels
 from training.image_rows import FashionImages, ImageRow, ImageSource, TableImages
 from training.noise_grids import NoiseGrid, model_scheduler, parse_grids
 from training.noised_shards import COLUMNS
-from training.processes import checked_device
 from training.row_jobs import RowJob, ShardRows, add_run_options, in_batches, run_command
 
 

@@ -33,6 +33,7 @@ from transformers import CLIPTokenizer
 
 from moe_artifacts.errors import ConfigError, MoeArtifactsError
 from moe_artifacts.files import atomic_path, read_json, write_json
+from moe_artifacts.loading import checked_device
 from moe_artifacts.shapes import Preview
 from training.data.class_images import ClassImages, fashion_classes
 from training.data.class_prompts import TEMPLATES, clear_templates, fill, prompts_table, read_templates
@@ -41,7 +42,6 @@ from training.data.fashion import LabelledImages, to_rgb
 from training.data.folder import SIZES, folder_classes, stored_counts
 from training.data.prompts import CLASS_NAMES, prompts_of
 from training.generator_models import assemble, build_scheduler, build_text_encoder, build_unet, build_vae
-from training.processes import checked_device
 from training.state import load_state, save_state, step_generator
 from training.tokenizer import build_tokenizer, fit_context
 from training.workspace import Stage, progress, work_folder

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moe_artifacts.errors import ConfigError, InputError, MoeArtifactsError
+from moe_artifacts.errors import ConfigError, MoeArtifactsError
 from training.trackers import LAUNCHED
 
 if TYPE_CHECKING:
@@ -29,21 +29,6 @@ AT_ONCE = 2**23  # numbers that are sent at a time: 32 MB in float32, so that me
 
 class ProcessError(MoeArtifactsError, RuntimeError):
     """Another process failed, or does not do the same as this one."""
-
-
-def checked_device(name: str) -> torch.device:
-    """The device of that name, such as "cpu" or "cuda:1".
-
-    Raises:
-        InputError: If there is none here.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"device {name!r} cannot be used here: {reason}") from error
-    return device
 
 
 class Processes:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from moe_artifacts.cli.shared import errors_in_one_line, no_loading_bars
-from moe_artifacts.errors import CheckpointError, InputError
-
-if TYPE_CHECKING:
-    import torch
+from moe_artifacts.errors import InputError
 
 
 def generate(
@@ -57,20 +54,20 @@ def generate(
 
         from moe_artifacts.guard.generate import generate_clean
         from moe_artifacts.guard.guard import ArtifactGuard
+        from moe_artifacts.loading import is_bundled, load_pipeline
         from moe_artifacts.scorer import ArtifactScorer
 
         no_loading_bars()
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        pipe, call, own_scorer = _load(pipeline, getattr(torch, dtype))
-        if scorer is None and own_scorer is None:
+        pipe, call = load_pipeline(pipeline, getattr(torch, dtype), device)
+        if scorer is None and not is_bundled(pipeline):
             raise InputError(f"--scorer is needed: the pipeline {pipeline!r} is not bundled, so none belongs to it")
         given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         run = generate_clean(
-            pipe.to(where),
+            pipe,
             texts,
             images_per_prompt,
             guard=ArtifactGuard(
-                ArtifactScorer.from_pretrained(scorer or own_scorer or "").to(where), on_abort, audit_rate=audit_rate
+                ArtifactScorer.from_pretrained(scorer or pipeline).to(pipe.device), on_abort, audit_rate=audit_rate
             ),
             batch_size=batch_size,
             seed=seed,
@@ -99,23 +96,3 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
     if not texts:
         raise InputError(f"{file} must hold at least one prompt, one a line, it has none")
     return texts
-
-
-def _load(name: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any], str | None]:
-    """A pipeline, its settings, and the name of the scorer that belongs to it."""
-    from moe_artifacts.bundled import FOLDER, bundled_pipeline
-    from moe_artifacts.checkpoint import HUB_ID
-
-    if (FOLDER / name / "pipeline").is_dir() and name.isidentifier():
-        pipe, settings = bundled_pipeline(name)
-        return pipe if pipe.dtype == dtype else pipe.to(dtype=dtype), settings, name
-    if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
-        raise CheckpointError(f"no pipeline {name!r}: it is neither bundled, nor a folder, nor a Hub id (owner/name)")
-    from diffusers import DiffusionPipeline
-
-    try:
-        pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the pipeline {name!r} cannot be read: {error}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, {}, None

@@ -41,6 +41,7 @@ from moe_artifacts.errors import ConfigError, InputError, MoeArtifactsError
 from moe_artifacts.files import read_json, write_json
 from moe_artifacts.guard.space import latent_space_of
 from moe_artifacts.latent_spaces import LATENT_SPACES
+from moe_artifacts.loading import DTYPES, load_pipeline
 from moe_artifacts.scorer import ArtifactScorer
 from training import rules
 from training.assembly import assemble, self_contained
@@ -60,7 +61,6 @@ from training.own.choose import (
 )
 from training.own.cost import measure_check_cost
 from training.own.heads_folder import HeadFacts, read_heads, require_same_embedder
-from training.own.pipelines import DTYPES, load_pipeline
 from training.own.train import describe
 from training.row_jobs import complete_shards
 from training.rules import Promise

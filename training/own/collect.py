@@ -32,6 +32,7 @@ from moe_artifacts.cli.shared import no_loading_bars
 from moe_artifacts.errors import InputError, MoeArtifactsError
 from moe_artifacts.files import read_json, write_json
 from moe_artifacts.guard.call_settings import check_call
+from moe_artifacts.loading import DTYPES, load_pipeline
 from training.judging import Judge, LabelTable, import_function
 from training.own.batches import (
     RUN_NAME,
@@ -44,7 +45,6 @@ from training.own.batches import (
     write_batch,
 )
 from training.own.label import JUDGE_OPTIONS, NO_LABEL, VERDICTS, add_judge_options, judge_from, judged, reject
-from training.own.pipelines import DTYPES, load_pipeline
 from training.own.prompts import SPLITS, PromptSplits, draw_prompts, read_prompts
 from training.own.record import PipelineRecorder, Recording, Setting, parse_settings
 from training.row_jobs import parse_shard

@@ -23,12 +23,12 @@ import torch
 from safetensors import safe_open
 
 from moe_artifacts.errors import ConfigError, MoeArtifactsError
+from moe_artifacts.loading import checked_device
 from training.embedded import EmbeddedRows
 from training.head_data import HeadData, at_most, is_bad, labelled, log_snr_range_of, rows_per_band
 from training.heads import HeadRecipe, HeadSpace, Variant, head_configs
 from training.own.heads_folder import FACTS_NAME, WEIGHTS_NAME, HeadFacts, made_with, read_facts, require_same_embedder
 from training.posterior import train_posterior
-from training.processes import checked_device
 from training.trackers import add_tracker_option, chosen_tracker, open_tracker
 
 RECIPE = HeadRecipe(name="heads", steps=2_000, patience=6)

@@ -1,4 +1,4 @@
-"""The pipeline that a command line names."""
+"""The pipeline and the device that a command line names."""
 
 from __future__ import annotations
 
@@ -9,10 +9,30 @@ import torch
 
 from moe_artifacts.bundled import FOLDER, bundled_pipeline
 from moe_artifacts.checkpoint import HUB_ID
-from moe_artifacts.errors import CheckpointError
-from training.processes import checked_device
+from moe_artifacts.errors import CheckpointError, InputError
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+
+def checked_device(name: str | None = None) -> torch.device:
+    """The device of that name, such as "cpu" or "cuda:1"; without a name, cuda where there is one, else cpu.
+
+    Raises:
+        InputError: If there is none here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"device {name!r} cannot be used here: {reason}") from error
+    return device
+
+
+def is_bundled(name: str) -> bool:
+    """Whether a pipeline of that name, and a scorer for it, are in the package."""
+    return name.isidentifier() and (FOLDER / name / "pipeline").is_dir()
 
 
 def load_pipeline(
@@ -22,18 +42,18 @@ def load_pipeline(
 
     Args:
         name: A bundled name, a folder or a Hub id; safetensors only.
-        device: None: cuda where there is one, else cpu.
+        device: As of :func:`checked_device`.
     Raises:
         CheckpointError: If there is none, or it cannot be read.
         InputError: If there is no such device.
     """
-    place = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = checked_device(device)
     defaults: dict[str, Any] = {}
-    if name.isidentifier() and (FOLDER / name / "pipeline").is_dir():
+    if is_bundled(name):
         pipe, defaults = bundled_pipeline(name)
         pipe = pipe if pipe.dtype == dtype else pipe.to(dtype=dtype)
     else:
-        if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
+        if not (name and Path(name).is_dir()) and not HUB_ID.fullmatch(name):
             raise CheckpointError(
                 f"no pipeline {name!r}: it is neither bundled, nor a folder, nor a Hub id (owner/name)"
             )
