@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +106,10 @@ class Embed:
         """Some images; all their pictures go through the tower together, ``batch`` at a time."""
         result, kept = ShardRows(COLUMNS), list[int]()
         counts = [len(image.pictures) for image in images]
-        pictures = torch.cat([image.pictures for image in images])
-        embedded = torch.cat([self._pictures(part) for part in pictures.split(self.batch)])
-        finite = _all_finite(pictures, counts)
+        embedded = torch.cat([self._pictures(part) for part in rows_of([i.pictures for i in images], self.batch)])
         known = _all_finite(embedded, counts)
         for number, image in enumerate(images):
-            if not finite[number]:
+            if image.pictures.is_floating_point() and not image.pictures.isfinite().all():
                 result.reject(image.key, "latents", "NaN or infinity among its latents")
             elif not known[number]:
                 result.reject(image.key, "embedding", "the embedder makes NaN or infinity of it")
@@ -148,10 +146,27 @@ class Embed:
         return torch.cat([self.embedder.embed_texts(part).half().cpu() for part in parts])
 
 
+def rows_of(parts: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """The rows of all parts, ``size`` at a time, so that no more than these are copied at once.
+
+    Example:
+        >>> [rows.tolist() for rows in rows_of([torch.arange(3), torch.arange(3, 8)], 4)]
+        [[0, 1, 2, 3], [4, 5, 6, 7]]
+    """
+    waiting, room = list[Tensor](), size
+    for part in parts:
+        while len(part) >= room:
+            yield torch.cat([*waiting, part[:room]])
+            part, waiting, room = part[room:], [], size
+        if len(part):
+            waiting.append(part)
+            room -= len(part)
+    if waiting:
+        yield torch.cat(waiting)
+
+
 def _all_finite(values: Tensor, counts: list[int]) -> list[bool]:
     """Whether all rows of each group are."""
-    if not values.is_floating_point():
-        return [True] * len(counts)
     finite = values.isfinite().flatten(1).all(dim=1)
     return [bool(part.all()) for part in finite.split(counts)] if not finite.all() else [True] * len(counts)
 
