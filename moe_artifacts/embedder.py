@@ -83,7 +83,7 @@ class ClipEmbedder(nn.Module):
             raise InputError(f"preview must be (batch, 3, height, width), got shape {tuple(preview.shape)}")
         if not preview.is_floating_point() and preview.dtype != torch.uint8:
             raise InputError(f"preview must be float, in [0, 1], or uint8, got {preview.dtype}")
-        pixels, white = preview.float(), 1 if preview.is_floating_point() else 255
+        pixels, white = preview.float(), 1.0 if preview.is_floating_point() else 255.0
         if len(pixels) == 0:
             return pixels.new_zeros(0, self.config.embed_dim)  # torch does not resize an empty batch
         pixels = resize_and_crop(pixels, self._preprocess_config, white)
@@ -140,7 +140,7 @@ class ClipEmbedder(nn.Module):
             )
 
 
-def resize_and_crop(preview: Preview, preprocess_config: Mapping[str, Any], white: float = 1) -> TowerInput:
+def resize_and_crop(preview: Preview, preprocess_config: Mapping[str, Any], white: float = 1.0) -> TowerInput:
     """Bring a preview to the size of the image tower, as open_clip does with PIL images.
 
     Args:
