@@ -789,9 +789,8 @@ def test_killed_ten_times_it_ends_as_if_nothing_had_happened(place):
     rng = np.random.default_rng(0)
 
     def batches() -> int:
-        return len(
-            list((place / "out").glob("t*/*/rejects.parquet"))
-        )  # of train and test: .unfinished changes underfoot
+        # Of train and test: what is unfinished comes and goes.
+        return len(list((place / "out").glob("t*/*/rejects.parquet")))
 
     for _ in range(10):
         process = context.Process(target=training.own.collect.main, args=(command(place, *more),))

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_artifacts.errors import ConfigError, MoeArtifactsError
-from training.trackers import LAUNCHED
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+LAUNCHED = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and by accelerate launch
 AT_ONCE = 2**23  # numbers that are sent at a time: 32 MB in float32, so that memory does not double
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_artifacts.errors import InputError
-
-LAUNCHED = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and by accelerate launch
+from training.processes import LAUNCHED
 
 
 def chosen_tracker(name: str | None = None) -> str:
