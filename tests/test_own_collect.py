@@ -33,6 +33,7 @@ from moe_artifacts.noise import NoiseLevel, check_steps, noise_levels
 from moe_artifacts.schedulers import set_scheduler
 from moe_artifacts.trajectory import Trajectory
 from moe_artifacts.trajectory_files import iter_trajectories
+from tests.kills import with_one_thread
 from training.data.filters import FilterCounts
 from training.judging import ScoreJudge
 from training.level_images import TrajectorySource
@@ -793,7 +794,7 @@ def test_killed_ten_times_it_ends_as_if_nothing_had_happened(place):
         return len(list((place / "out").glob("t*/*/rejects.parquet")))
 
     for _ in range(10):
-        process = context.Process(target=training.own.collect.main, args=(command(place, *more),))
+        process = context.Process(target=with_one_thread, args=(training.own.collect.main, command(place, *more)))
         process.start()
         finished = batches()
         while process.is_alive() and batches() <= finished:
