@@ -13,6 +13,7 @@ import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,11 @@ class ClipEmbedder(nn.Module):
         if len(pixels) == 0:
             return pixels.new_zeros(0, self.config.embed_dim)  # torch does not resize an empty batch
         pixels = resize_and_crop(pixels, self._preprocess_config, white)
-        mean, std = (pixels.new_tensor(self._preprocess_config[name])[:, None, None] for name in ("mean", "std"))
+        mean, std = (tuple(self._preprocess_config[name]) for name in ("mean", "std"))
+        shift, scale = _normalisation(mean, std, white, tuple(pixels.shape[1:]), pixels.device)
         precision = next(self.clip.visual.parameters()).dtype
-        # (pixels / white - mean) / std, in one pass over the pixels.
-        pixels = torch.addcmul(-mean / std, pixels, 1 / (white * std))
+        # In one pass over the pixels; in place where they are a copy of bytes.
+        pixels = torch.addcmul(shift, pixels, scale, out=None if preview.is_floating_point() else pixels)
         features = self.clip.encode_image(pixels.to(precision))
         return F.normalize(features.float(), dim=-1)
 
@@ -169,6 +171,19 @@ def resize_and_crop(preview: Preview, preprocess_config: Mapping[str, Any], whit
         interpolation = TF.InterpolationMode.BILINEAR if bilinear else TF.InterpolationMode.BICUBIC
         preview = TF.resize(preview, list(resized), interpolation, antialias=True).clamp(0, white)
     return preview if resized == size else TF.center_crop(preview, list(size))
+
+
+@lru_cache(maxsize=64)
+def _normalisation(
+    mean: tuple[float, ...], std: tuple[float, ...], white: float, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Shift and scale of (pixels / white - mean) / std, of the shape of a picture: broadcasting them takes twice as long."""
+    with torch.inference_mode(False):  # they outlive the call, and one with gradients may be next
+        means, stds = (
+            torch.tensor(values, dtype=torch.float32, device=device)[:, None, None].expand(shape)
+            for values in (mean, std)
+        )
+        return (-means / stds).contiguous(), (1 / (white * stds)).contiguous()
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:

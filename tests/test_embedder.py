@@ -14,7 +14,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from moe_artifacts.config import EmbedderConfig
-from moe_artifacts.embedder import ClipEmbedder, _custom_tokenizer, resize_and_crop, state_sha256
+from moe_artifacts.embedder import ClipEmbedder, _custom_tokenizer, _normalisation, resize_and_crop, state_sha256
 from moe_artifacts.errors import CheckpointError, ConfigError, InputError
 
 TEXT = {"context_length": 16, "vocab_size": 600, "width": 32, "heads": 2, "layers": 1}
@@ -157,6 +157,16 @@ def test_gradients_reach_weights_and_previews(resnet):
     assert preview.grad.isfinite().all() and preview.grad.abs().sum() > 0
     grads = [p.grad for p in resnet.clip.visual.parameters()]
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
+    resnet.zero_grad()
+
+
+def test_gradients_are_there_after_a_call_without_them(resnet):
+    _normalisation.cache_clear()
+    with torch.inference_mode():
+        resnet.embed_images(torch.rand(2, 3, 40, 48))
+    preview = torch.rand(2, 3, 40, 48, requires_grad=True)
+    resnet.embed_images(preview).sum().backward()
+    assert preview.grad.abs().sum() > 0
     resnet.zero_grad()
 
 

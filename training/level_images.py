@@ -165,7 +165,8 @@ class NoisedSource:
 
     def _images(self, table: pa.Table, starts: list[int], pictures: Any) -> Iterator[LevelImage]:
         """Those that begin at ``starts``, of which the last is where they end; their pictures are read together."""
-        held, before = pictures[starts[0] : starts[-1]], starts[0]
+        # A copy: else they are pages of the file, and it is the reader of the picture who waits for the disk.
+        held, before = pictures[starts[0] : starts[-1]].clone(), starts[0]
         of_images = table.select(["key", "prompt", "label", "scheduler"]).take(starts[:-1]).to_pylist()
         step, log_snr = (table[name].to_numpy() for name in ("step", "log_snr"))
         for one, start, stop in zip(of_images, starts, starts[1:], strict=False):
