@@ -1,4 +1,4 @@
-"""Trajectories small enough to tune a CLIP model on.
+"""Trajectories small enough to tune a CLIP model on, judged with margins.
 
 Bad images have a bright patch, boots another colour than bags; noise hides both at first.
 """
@@ -34,6 +34,7 @@ def trajectory(prompts: list[str], seed: int = 0, labelled: bool = True) -> Traj
         x0=(1 - amount) * content + 0.3 * amount * noise,
         latents=noise,
         label=bad.float() if labelled else None,
+        meta={"margin": (bad - 0.5 + 0.1 * content.mean(dim=(1, 2, 3, 4))).tolist()} if labelled else {},
     )
 
 

@@ -105,7 +105,8 @@ def test_the_command_line_tunes_and_mixes_and_says_of_what(data: Path, tmp_path:
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert main(words) == 0  # finished: nothing to do
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")} == before
-    # Its weights are a start for another run.
+    # Its weights are a start for another run, which may have a validation set of its own.
+    words += ["--validation", str(data)]
     words[words.index(str(out))] = str(tmp_path / "further")
     assert main([*words, "--pretrained", str(out / "embedder.safetensors")]) == 0
     assert state(tmp_path / "further" / "plain.safetensors") == hashes["embedder"]
@@ -259,6 +260,31 @@ def test_rows_without_a_label_are_for_noise_tuning_alone(pairs: PreviewPairs, tm
     assert read_json(tmp_path / "wise_ft.json")["rows"][0]["bands"][0] is None
 
 
+def test_part_2_learns_how_bad_an_image_is_where_the_judge_says(pairs: PreviewPairs, tmp_path: Path) -> None:
+    unknown = dataclasses.replace(pairs, margin=torch.full_like(pairs.margin, math.nan))
+    runs = {"all": (pairs, 1.0), "no weight": (pairs, 0.0), "unknown": (unknown, 1.0)}
+    found = {}
+    for name, (data, weight) in runs.items():
+        Tuning(towers(), data, dataclasses.replace(SHORT, margin_weight=weight), tmp_path / name).run()
+        found[name] = state(tmp_path / name / "classified.safetensors")
+    assert found["all"] != found["no weight"] == found["unknown"]
+
+
+def test_with_a_validation_set_all_rows_are_trained_on(
+    pairs: PreviewPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation = pairs.subset(torch.arange(0, len(pairs), 5))
+    run = Tuning(towers(), pairs, SHORT, tmp_path, validation=validation)
+    assert run.train is pairs and run.validation is validation
+    run.run()
+    with pytest.raises(ConfigError, match="differs in validation;"):
+        Tuning(towers(), pairs, SHORT, tmp_path, validation=dataclasses.replace(validation, facts={"other": 1}))
+    with pytest.raises(ConfigError, match="differs in validation;"):
+        Tuning(towers(), pairs, SHORT, tmp_path)
+    with pytest.raises(InputError, match="validation must hold latents as the data do, got previews"):
+        Tuning(towers(), pairs, SHORT, tmp_path, validation=dataclasses.replace(validation, kind="previews"))
+
+
 def test_without_noise_tuning_the_parents_are_the_plain_and_the_classified_one(
     pairs: PreviewPairs, tmp_path: Path
 ) -> None:
@@ -295,6 +321,7 @@ def test_siglip_needs_a_bias(pairs: PreviewPairs, tmp_path: Path) -> None:
     [
         ({"micro_batch": 0}, "micro_batch must be at least 1, got 0"),
         ({"noise_steps": -1}, "noise_steps must not be negative"),
+        ({"margin_weight": -1.0}, "margin_weight must not be negative"),
         ({"mixes": ()}, r"mixes must be numbers in \[0, 1\], at least one, got \(\)"),
         ({"mixes": (0.0, 1.1)}, r"mixes must be numbers in \[0, 1\]"),
         ({"loss": "mse"}, "loss must be one of clip, siglip, got 'mse'"),

@@ -47,7 +47,7 @@ def preview() -> LinearPreview:
 
 def runs(folder: Path) -> Path:
     """Eight images at three steps, and four at the last two of them, without labels, with margins."""
-    trajectory([f"a bag {i}" for i in range(4)] * 2, seed=1).save(folder / "00000")
+    dataclasses.replace(trajectory([f"a bag {i}" for i in range(4)] * 2, seed=1), meta={}).save(folder / "00000")
     short = trajectory(["a bag 3", "", "ein Schuh", "a bag 0"], seed=2, labelled=False)
     assert short.x0 is not None
     short = dataclasses.replace(

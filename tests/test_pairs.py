@@ -31,6 +31,7 @@ def in_memory(prompt: list[int], **changes: Any) -> PreviewPairs:
         prompt=torch.tensor(prompt),
         log_snr=torch.zeros(rows),
         label=torch.full((rows,), NAN),
+        margin=torch.full((rows,), NAN),
         read=lambda some: some[:, None, None, None].float(),
     )
     return dataclasses.replace(pairs, **changes)
@@ -61,6 +62,18 @@ def test_each_image_and_step_of_trajectories_is_a_row(
         picture, prompt, log_snr, label = expected[place]
         assert torch.equal(batch.images[row], picture)
         assert (batch.prompts[row], batch.log_snr[row], batch.label[row]) == (prompt, log_snr, label)
+    margins = [value for run in runs for value in run.meta["margin"] for _ in range(3)]
+    assert batch.margin.tolist() == torch.tensor(margins)[order].tolist()
+
+
+def test_margins_are_known_where_a_judge_gave_them(tmp_path: Path) -> None:
+    trajectory(["a", "b"]).save(tmp_path / "0")
+    dataclasses.replace(trajectory(["c", "d"]), meta={"margin": [None, 0.5]}).save(tmp_path / "1")
+    dataclasses.replace(trajectory(["e"]), meta={}).save(tmp_path / "2")
+    assert read_pairs(tmp_path).margin.isnan().tolist() == 6 * [False] + 3 * [True] + 3 * [False] + 3 * [True]
+    dataclasses.replace(trajectory(["c"]), meta={"margin": [0.1, 0.2]}).save(tmp_path / "1")
+    with pytest.raises(InputError, match="margin must be one per image, got 2"):
+        read_pairs(tmp_path)
 
 
 def test_rows_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -79,7 +92,8 @@ def test_rows_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> No
 def test_trajectories_without_labels_or_latents(tmp_path: Path) -> None:
     run = trajectory(["a"], labelled=False)
     run.save(tmp_path / "unlabelled")
-    assert read_pairs(tmp_path / "unlabelled").label.isnan().all()
+    pairs = read_pairs(tmp_path / "unlabelled")
+    assert pairs.label.isnan().all() and pairs.margin.isnan().all()
     dataclasses.replace(run, x0=None).save(tmp_path / "no-x0")
     with pytest.raises(InputError, match=r"no-x0 has no x0 in latents.safetensors; record it again"):
         read_pairs(tmp_path / "no-x0")
@@ -163,7 +177,7 @@ def test_a_file_that_is_damaged_later_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"label": torch.zeros(2)}, "of one length, at least 1, got 3, 3 and 2"),
+        ({"label": torch.zeros(2)}, r"of one length, at least 1, got \[3, 3, 2, 3\]"),
         ({"prompt": torch.tensor([0, 1, 7])}, "indices into the 2 prompts"),
         ({"log_snr": torch.tensor([0.0, NAN, 0.0])}, "log_snr must be finite"),
         ({"label": torch.tensor([0.0, NAN, 1.5])}, r"label must be in \[0, 1\]"),

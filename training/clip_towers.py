@@ -51,7 +51,7 @@ class Towers(nn.Module):
 
 
 class Head(nn.Module):
-    """Artifact logit from image and prompt embedding, told the log-SNR; only part 2 sees it."""
+    """Artifact logit and the judge's margin from image and prompt embedding, told the log-SNR; only part 2 sees it."""
 
     def __init__(self, embed_dim: int, hidden_dim: int, log_snr_range: tuple[float, float]) -> None:
         super().__init__()
@@ -64,10 +64,12 @@ class Head(nn.Module):
                 dropout=0.1,
             )
         )
+        self.margin = nn.Linear(hidden_dim, 1)
 
-    def forward(self, image: Embedding, text: Embedding, log_snr: PerImage) -> PerImage:
+    def forward(self, image: Embedding, text: Embedding, log_snr: PerImage) -> tuple[PerImage, PerImage]:
         features = torch.cat([image, text], dim=-1)
-        return self.experts(features, log_snr.to(image.device), image.new_zeros(len(image), 0))[0]
+        logit, state = self.experts(features, log_snr.to(image.device), image.new_zeros(len(image), 0))
+        return logit, self.margin(state).squeeze(-1)
 
 
 def chosen_weights(model: str, pretrained: str | None) -> str | None:

@@ -5,9 +5,10 @@ resumable, on trajectories or on shards of :mod:`training.forward_noise` (:mod:`
 
 1. noise tuning: image and text tower on previews of all noise levels and their prompts, with the loss of CLIP or SigLIP. The
    batch may be as large as one likes: memory is that of ``--micro-batch`` (:mod:`training.cached_contrastive`).
-2. classification: both towers and a head that is told the log-SNR, end to end on the label.
+2. classification: both towers and a head that is told the log-SNR, end to end on the label and, where it is known, on how far
+   the judge sees the image from the border.
 3. WiSE-FT: weights between the two, by the within-prompt AUROC of a linear probe in each band of noise levels, on prompts
-   held out.
+   held out: a share of them, or those of ``--validation``.
 
 It writes to ``--out``: ``plain``, ``noise_tuned``, ``classified`` and ``embedder.safetensors``, each with the weights of an
 open_clip model; ``embedder.json``, the configuration of the last one for a scorer; ``wise_ft.json``, the table of part 3.
@@ -43,8 +44,9 @@ from moe_artifacts.shapes import Embedding, Rows
 from training.band_probe import Bands, band_scores, bands_with_both_kinds, embed_rows
 from training.cached_contrastive import cached_backward, clip_loss, siglip_loss
 from training.clip_towers import Head, Towers, build_embedder, chosen_weights, load_preview
-from training.data.pairs import MicroBatches, PreviewPairs, RowSampler, hold_out, read_pairs
+from training.data.pairs import COLUMNS, MicroBatches, PreviewPairs, RowSampler, hold_out, read_pairs
 from training.loop import StepBatch, TrainingLoop, cosine_schedule
+from training.margins import margin_loss, margin_scale
 from training.processes import Processes
 from training.state import step_generator
 from training.trackers import add_tracker_option, chosen_tracker, open_tracker
@@ -68,7 +70,8 @@ class TuneRecipe:
     head_lr: float = 1e-3
     hidden_dim: int = 192  # of the head
     weight_decay: float = 0.1
-    held_out: float = 0.2  # share of the prompts
+    margin_weight: float = 1.0  # of the judge's margin beside the label, in part 2
+    held_out: float = 0.2  # share of the prompts; not used with a validation set of one's own
     bands: int = 5  # of equal width in log-SNR
     probe_rows: int = 20_000  # at most, to fit the linear probe of part 3, and as many to judge it
     mixes: tuple[float, ...] = MIXES
@@ -80,7 +83,7 @@ class TuneRecipe:
         for name in ("batch", "micro_batch", "classify_batch", "hidden_dim", "bands", "probe_rows", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("noise_steps", "classify_steps"):
+        for name in ("noise_steps", "classify_steps", "margin_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name, known in (("loss", ("clip", "siglip")), ("precision", ("fp32", "bf16"))):
@@ -99,7 +102,13 @@ class Tuning:
     """
 
     def __init__(
-        self, towers: Towers, pairs: PreviewPairs, recipe: TuneRecipe, out: Path, tracker: str = "none"
+        self,
+        towers: Towers,
+        pairs: PreviewPairs,
+        recipe: TuneRecipe,
+        out: Path,
+        tracker: str = "none",
+        validation: PreviewPairs | None = None,
     ) -> None:
         self.processes = Processes(towers.embedder.clip.logit_scale.device)
         self.towers, self.recipe, self.out = towers.to(self.processes.device), recipe, out
@@ -107,12 +116,12 @@ class Tuning:
             raise ConfigError('loss="siglip" needs a model with a logit_bias: set "init_logit_bias": -10 in its JSON')
         self.log = logging.getLogger(__name__)
         self.log.info("%d rows; %d left out as not finite", len(pairs), pairs.left_out)
-        self.train, self.validation = hold_out(pairs, recipe.held_out, recipe.seed)
+        self.train, self.validation = self._split(pairs, validation)
         low, high = self.train.log_snr.aminmax()
         middle, half = (low + high).item() / 2, max((high - low).item() / 2, 0.5)  # half a nat, if all have one level
         self.bands = Bands(recipe.bands, (middle - half, middle + half))
         self._find_labels()
-        self.processes.on_main(partial(self._claim_folder, pairs))
+        self.processes.on_main(partial(self._claim_folder, pairs, validation))
         self._accelerator = None if tracker == "none" or not self.processes.is_main else open_tracker(tracker, out)
 
     def run(self) -> Path:
@@ -156,11 +165,13 @@ class Tuning:
         sampler = RowSampler(known)
         groups = _parameter_groups(self.towers, recipe.classify_lr, recipe.weight_decay)
         optimizer = torch.optim.AdamW(groups + _parameter_groups(head, recipe.head_lr, recipe.weight_decay))
+        scale = margin_scale(known.margin)
 
         def loss_of(batch: StepBatch) -> Tensor:
             pairs = known.batch(batch.rows)
-            logit = head(*self._training_towers()(pairs), pairs.log_snr)
-            return F.binary_cross_entropy_with_logits(logit, pairs.label.to(logit.device))
+            logit, margin = head(*self._training_towers()(pairs), pairs.log_snr)
+            loss = F.binary_cross_entropy_with_logits(logit, pairs.label.to(logit.device))
+            return loss + recipe.margin_weight * margin_loss(margin, pairs.margin.to(margin.device), scale)
 
         modules = {"embedder": self.towers.embedder, "head": head}
         loop = self._loop("classified", recipe.classify_steps, modules, optimizer, recipe.micro_batch)
@@ -247,6 +258,14 @@ class Tuning:
     def _clamp_scale(self, step: int) -> None:
         self.towers.embedder.clip.logit_scale.clamp_(0, math.log(HIGHEST_SCALE))
 
+    def _split(self, pairs: PreviewPairs, validation: PreviewPairs | None) -> tuple[PreviewPairs, PreviewPairs]:
+        """What to train on, and what to choose the mix by."""
+        if validation is None:
+            return hold_out(pairs, self.recipe.held_out, self.recipe.seed)
+        if validation.kind != pairs.kind:
+            raise InputError(f"validation must hold {pairs.kind} as the data do, got {validation.kind}")
+        return pairs, validation
+
     def _find_labels(self) -> None:
         """Which rows have a label, and whether they suffice for parts 2 and 3: better now than after hours of training."""
         recipe, generator = self.recipe, step_generator(self.recipe.seed, 0)
@@ -288,7 +307,7 @@ class Tuning:
         if self._accelerator is not None:
             self._accelerator.log({f"{part}/{name}": value for name, value in values.items()}, step=step)
 
-    def _claim_folder(self, pairs: PreviewPairs) -> None:
+    def _claim_folder(self, pairs: PreviewPairs, validation: PreviewPairs | None) -> None:
         """A run is continued only with what it was started with: anything else would be a mixture of two."""
         preview = self.towers.preview
         own = {
@@ -297,7 +316,8 @@ class Tuning:
             "preview_sha256": None if preview is None else state_sha256(preview.state_dict()),
             "pictures": pairs.facts,
             "rows": len(pairs),
-            "columns_sha256": state_sha256({name: getattr(pairs, name) for name in ("prompt", "log_snr", "label")}),
+            "columns_sha256": state_sha256({name: getattr(pairs, name) for name in COLUMNS}),
+            "validation": None if validation is None else validation.facts,
         }
         values = json.loads(json.dumps(to_dict(self.recipe) | own))  # as it is read back: no tuples
         path = self.out / "run.json"
@@ -328,6 +348,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="tag of open_clip, .safetensors file, or none: random weights, which a configuration has by default",
     )
     parser.add_argument("--data", required=True, type=Path, help="folder of trajectories or of training.forward_noise")
+    parser.add_argument(
+        "--validation", type=Path, help="another such folder, of other prompts or images (a share of the prompts)"
+    )
     parser.add_argument("--images", choices=("x0", "latents"), default="x0", help="of trajectories (%(default)s)")
     parser.add_argument(
         "--preview", help="for latents: file of training.fit_preview, sdxl, or folder or Hub id of a VAE, tiny or full"
@@ -348,9 +371,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device, tracker = checked_device(args.device), chosen_tracker(args.tracker)
         pretrained = chosen_weights(args.model, args.pretrained)
         pairs = read_pairs(args.data, args.images)
+        validation = None if args.validation is None else read_pairs(args.validation, args.images)
         embedder = build_embedder(args.model, pretrained, recipe.seed)
         towers = Towers(embedder, load_preview(args.preview, pairs.kind), recipe.precision).to(device)
-        path = Tuning(towers, pairs, recipe, args.out, tracker).run()
+        path = Tuning(towers, pairs, recipe, args.out, tracker, validation).run()
     except (MoeArtifactsError, OSError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -98,13 +98,11 @@ class TrajectorySource:
 
     def images(self, shard: int, at_once: int) -> Iterator[LevelImage]:
         folder, first = self.folders[shard], 0
-        margins = read_json(folder / META_NAME).get("margin")
+        margins = self.margins(shard)
         for part in iter_trajectories(folder, at_once):
             if part.x0 is None:
                 raise InputError(f"{folder} holds no x0: record it again, with its latents")
             count = len(part.prompts)
-            if margins is not None and len(margins) < first + count:
-                raise InputError(f"{folder}: margin must be one per image, got {len(margins)}; record it again")
             setting = json.dumps(part.meta["setting"]) if "setting" in part.meta else ""
             step, log_snr = np.array(part.step), part.log_snr.numpy()
             for place in range(count):
@@ -120,6 +118,19 @@ class TrajectorySource:
                     pictures=part.x0[place],
                 )
             first += count
+
+    def margins(self, shard: int) -> list[float | None] | None:
+        """What the judge that labelled the images of a shard says of each; above 0: bad. None: nothing is known.
+
+        Raises:
+            InputError: If that is not one for every image.
+        """
+        folder = self.folders[shard]
+        meta = read_json(folder / META_NAME)
+        margins: list[float | None] | None = meta.get("margin")
+        if margins is not None and len(margins) != meta.get("num_images"):
+            raise InputError(f"{folder}: margin must be one per image, got {len(margins)}; record it again")
+        return margins
 
     def facts(self) -> dict[str, Any]:
         return {"trajectories": self.shards, "sha256": self._digest.hexdigest()}

@@ -27,12 +27,12 @@ from moe_artifacts.shapes import PerImage
 from training.head_data import HeadData, is_bad, on_device
 from training.heads import HeadRecipe, Heads, HeadSpace, draw_subset, iter_states, sequence
 from training.loop import StepBatch, TrainingLoop, linear_schedule
+from training.margins import margin_loss, margin_scale
 from training.metrics import auroc, auroc_within, rarer_in_mixed_groups
 from training.processes import Processes
 
 FEWEST_MIXED = 10  # images of the rarer kind, in prompts with both: with fewer, AUROC within prompts says too little
 SAVE_EVERY = 100  # steps
-LARGEST_MARGIN = 4.0  # of the auxiliary target: how far beyond the border it is does not matter any more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,9 @@ class Targets:
     def of(cls, data: HeadData, rare_weight: float) -> Targets:
         """Weights such that both kinds weigh the same, as far as ``rare_weight`` allows."""
         rate = _rate(data)
-        known = data.margin[~data.margin.isnan()]
-        scale = 1.0
-        if len(known) > 1:
-            low, high = np.quantile(known.numpy(), [0.16, 0.84])  # two standard deviations apart, whatever the tails
-            scale = max(float(high - low) / 2, 1e-6)
         return cls(
             positive_weight=min(max((1 - rate) / rate, 1 / rare_weight), rare_weight),
-            margin_scale=scale,
+            margin_scale=margin_scale(data.margin),
         )
 
     def loss(self, logit: PerImage, margin_head: PerImage, label: PerImage, margin: PerImage, weight: float) -> Tensor:
@@ -68,10 +63,7 @@ class Targets:
         """
         rare = torch.tensor(self.positive_weight, device=logit.device)
         bce = F.binary_cross_entropy_with_logits(logit + rare.log(), label, pos_weight=rare)
-        known = ~margin.isnan()
-        target = (margin / self.margin_scale).clamp(-LARGEST_MARGIN, LARGEST_MARGIN)
-        distance = F.smooth_l1_loss(margin_head, torch.where(known, target, margin_head.detach()), reduction="sum")
-        return bce + weight * distance / len(label)
+        return bce + weight * margin_loss(margin_head, margin, self.margin_scale)
 
 
 def train_posterior(

@@ -3,9 +3,10 @@
 ``read_pairs`` reads folders of trajectories and of the shards of :mod:`training.forward_noise`. Any other source needs its
 columns and a function from rows to pictures:
 
-    pairs = PreviewPairs(kind="previews", prompts=["a bag"], prompt=..., log_snr=..., label=..., read=lambda rows: ...)
+    pairs = PreviewPairs(kind="previews", prompts=["a bag"], prompt=..., log_snr=..., label=..., margin=...,
+                         read=lambda rows: ...)
 
-The columns are held in memory, about 30 bytes a row; pictures are read from their files a few at a time, in any order.
+The columns are held in memory, about 35 bytes a row; pictures are read from their files a few at a time, in any order.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from training.data.splits import assign_splits, linked_groups
 from training.level_images import TrajectorySource
 from training.row_jobs import META, complete_shards, shard_files
 
+COLUMNS = ("prompt", "log_snr", "label", "margin")
 AT_ONCE = 64  # images of a trajectory looked through at a time
 
 
@@ -39,6 +41,7 @@ class PairBatch:
     prompts: list[str]
     log_snr: PerImage
     label: PerImage
+    margin: PerImage
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,17 +57,15 @@ class PreviewPairs:
     prompt: Rows  # index into ``prompts``
     log_snr: PerImage  # nats, finite
     label: PerImage  # P(artifacts) of the finished image, in [0, 1]; NaN: not known
+    margin: PerImage  # of the judge, above 0: bad; NaN: not known
     read: Callable[[Rows], Tensor]  # pictures of some rows; floating, or 8 bits of a preview
     left_out: int = 0  # rows of the source whose picture is not finite: their image had left, or broke
     facts: dict[str, Any] = field(default_factory=dict)  # what tells these pictures from others, as JSON values
 
     def __post_init__(self) -> None:
-        lengths = {len(self.prompt), len(self.log_snr), len(self.label)}
-        if len(lengths) != 1 or 0 in lengths:
-            raise InputError(
-                f"prompt, log_snr and label must be of one length, at least 1, got {len(self.prompt)}, "
-                f"{len(self.log_snr)} and {len(self.label)}"
-            )
+        lengths = [len(getattr(self, name)) for name in COLUMNS]
+        if len(set(lengths)) != 1 or 0 in lengths:
+            raise InputError(f"{', '.join(COLUMNS)} must be of one length, at least 1, got {lengths}")
         first, last = (int(value) for value in self.prompt.aminmax())
         if not 0 <= first <= last < len(self.prompts):
             raise InputError(f"prompt must be indices into the {len(self.prompts)} prompts, got {first} to {last}")
@@ -84,7 +85,7 @@ class PreviewPairs:
         images = self.read(rows)
         images = images.float() if images.is_floating_point() else images.float() / 255
         prompts = [self.prompts[i] for i in self.prompt[rows].tolist()]
-        return PairBatch(images, prompts, self.log_snr[rows], self.label[rows])
+        return PairBatch(images, prompts, self.log_snr[rows], self.label[rows], self.margin[rows])
 
     def subset(self, rows: Rows) -> PreviewPairs:
         """Some rows as a source of its own; nothing is read.
@@ -92,7 +93,7 @@ class PreviewPairs:
         Raises:
             InputError: If there are none.
         """
-        columns = {name: getattr(self, name)[rows] for name in ("prompt", "log_snr", "label")}
+        columns = {name: getattr(self, name)[rows] for name in COLUMNS}
         return replace(self, **columns, read=lambda some: self.read(rows[some]))
 
 
@@ -166,7 +167,7 @@ def trajectory_pairs(folder: Path, latents: Literal["x0", "latents"] = "x0") -> 
     columns, source = _Columns(), TrajectorySource(folder)
     for number, path in enumerate(source.folders):
         files.append(path / LATENTS_NAME)
-        first = 0
+        first, margins = 0, source.margins(number)
         for part in iter_trajectories(path, AT_ONCE):
             values = getattr(part, latents)
             if values is None:
@@ -175,9 +176,13 @@ def trajectory_pairs(folder: Path, latents: Literal["x0", "latents"] = "x0") -> 
             image, step = finite.nonzero(as_tuple=True)
             columns.left_out += int((~finite).sum())
             label = part.label if part.label is not None else torch.full((len(finite),), torch.nan)
+            margin = torch.full_like(label, torch.nan)
+            if margins is not None:
+                known = margins[first : first + len(finite)]
+                margin = torch.tensor([torch.nan if value is None else value for value in known])
             prompts = [part.prompts[i] for i in image.tolist()]
             place = torch.stack([torch.full_like(image, number), first + image, step], dim=1)
-            columns.add(prompts, part.log_snr[step], label[image], place)
+            columns.add(prompts, part.log_snr[step], label[image], margin[image], place)
             first += len(finite)
 
     def read(path: Path, places: Tensor) -> Tensor:
@@ -205,7 +210,7 @@ def shard_pairs(folder: Path) -> PreviewPairs:
         rows = torch.arange(len(table))
         place = torch.stack([torch.full_like(rows, len(files)), rows], dim=1)
         files.append(tensors)
-        columns.add(table["prompt"].to_pylist(), log_snr, label, place)
+        columns.add(table["prompt"].to_pylist(), log_snr, label, torch.full_like(label, torch.nan), place)
     if len(kinds) != 1:
         raise InputError(
             f"{folder} must hold shards with rows, all with previews or all without, got {kinds or 'none'}"
@@ -229,13 +234,15 @@ class _Columns:
         self.prompt: list[Tensor] = []
         self.log_snr: list[Tensor] = []
         self.label: list[Tensor] = []
+        self.margin: list[Tensor] = []
         self.place: list[Tensor] = []  # the file, and where in it
         self.left_out = 0
 
-    def add(self, prompts: list[str], log_snr: Tensor, label: Tensor, place: Tensor) -> None:
+    def add(self, prompts: list[str], log_snr: Tensor, label: Tensor, margin: Tensor, place: Tensor) -> None:
         self.prompt.append(torch.tensor([self.numbers.setdefault(text, len(self.numbers)) for text in prompts]))
         self.log_snr.append(log_snr)
         self.label.append(label)
+        self.margin.append(margin)
         self.place.append(place)
 
     def pairs(
@@ -261,6 +268,7 @@ class _Columns:
             prompt=torch.cat(self.prompt).long(),  # an empty part is float
             log_snr=torch.cat(self.log_snr).float(),
             label=torch.cat(self.label).float(),
+            margin=torch.cat(self.margin).float(),
             read=gather,
             left_out=self.left_out,
             facts=facts,

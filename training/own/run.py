@@ -63,7 +63,8 @@ class OwnRun:
             images = ["--vae", vae_of(self.pipeline), "--images", str(trajectories / "validation")]
             size = ["--size", str(self.preview_size), "--patch", str(self.patch)]
             found.append(("training.fit_preview", [*images, *size, *device, "--out", str(preview)]))
-        data = ["--data", str(trajectories / "train"), "--preview", str(preview)]
+        data = ["--data", str(trajectories / "train"), "--validation", str(trajectories / "validation")]
+        data += ["--preview", str(preview)]
         model = ["--model", self.model, *([] if self.pretrained is None else ["--pretrained", self.pretrained])]
         found.append(("training.clip_tune", [*model, *data, *device, "--out", str(clip), *self.tune]))
         found += [
