@@ -739,6 +739,23 @@ def test_the_command_collects_and_says_what(place, capsys):
     assert not (place / "work").exists()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo")  # about a cached version check inside diffusers
+def test_the_denoiser_is_compiled_on_request_and_nothing_else_changes(place, monkeypatch):
+    more = ("--count", "train=4,test=2", "--settings", "own:5", "--autocast", "bf16", *JUDGED)
+    assert training.own.collect.main(command(place, *more)) == 0
+    plain = content(place / "out")
+    shutil.rmtree(place / "out")
+    compiled = []
+
+    def compile_eagerly(module: torch.nn.Module, log: Any) -> None:
+        compiled.append(type(module).__name__)
+        module.compile(backend="eager")  # without a compiler, and equal to the last bit
+
+    monkeypatch.setattr(training.own.collect, "compile_if_possible", compile_eagerly)
+    assert training.own.collect.main(command(place, *more, "--compile")) == 0
+    assert compiled == ["UNet2DConditionModel"] and content(place / "out") == plain
+
+
 def test_the_command_without_a_judge_says_how_to_go_on(place, capsys):
     assert training.own.collect.main(command(place, "--count", "train=2", "--settings", "own:5")) == 0
     *_, first, second = capsys.readouterr().out.splitlines()

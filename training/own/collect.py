@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import shlex
 import sys
 from collections import Counter
@@ -32,6 +33,7 @@ from moe_artifacts.cli.shared import no_loading_bars
 from moe_artifacts.errors import InputError, MoeArtifactsError
 from moe_artifacts.files import read_json, write_json
 from moe_artifacts.guard.call_settings import check_call
+from moe_artifacts.guard.pipelines import spec_of
 from moe_artifacts.loading import DTYPES, load_pipeline
 from training.judging import Judge, LabelTable, import_function
 from training.own.batches import (
@@ -48,7 +50,7 @@ from training.own.label import JUDGE_OPTIONS, NO_LABEL, VERDICTS, add_judge_opti
 from training.own.prompts import SPLITS, PromptSplits, draw_prompts, read_prompts
 from training.own.record import PipelineRecorder, Recording, Setting, parse_settings
 from training.row_jobs import parse_shard
-from training.workspace import progress
+from training.workspace import compile_if_possible, progress
 
 COUNTS = {"train": 3_000, "validation": 300, "calibration": 500, "test": 500}
 # torch's CPU generator looks at the lowest 32 bits of a seed only, so that all splits must fit into these.
@@ -296,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="(cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
     parser.add_argument("--autocast", choices=("bf16",), help="run the denoiser so in the train split")
+    parser.add_argument("--compile", action="store_true", help="compile the denoiser, which pays in long runs")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument(
         "--shard", default="0/1", metavar="I/N", help="do the I-th of N parts, counted from 0 (%(default)s)"
@@ -329,7 +332,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             arguments_for=None if args.arguments_for is None else import_function(args.arguments_for),
             keep_latents=options.keep_latents,
         )
-        # Not the device: on another one the images are nearly the same, and a run may well be resumed there.
+        if args.compile:
+            for module in spec_of(pipe).modules(pipe):
+                compile_if_possible(module, logging.getLogger(__name__))
+        # Not the device, nor whether compiled: the images are nearly the same, and a run may well be resumed so.
         told = {name: getattr(args, name) for name in ("pipeline", "arguments_for", "dtype", *JUDGE_OPTIONS)}
         told |= {"pipeline_class": type(pipe).__name__, "arguments": defaults | given}
         collect(

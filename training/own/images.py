@@ -41,7 +41,15 @@ CLASSIFY_STEPS = 3_000
 
 
 def small_run(
-    out: Path, pipeline: str, prompts: Path, judge: str, size: int, count: str, classify_steps: int, **options: Any
+    out: Path,
+    pipeline: str,
+    prompts: Path,
+    judge: str,
+    size: int,
+    count: str,
+    classify_steps: int,
+    collect: Sequence[str] = (),
+    **options: Any,
 ) -> OwnRun:
     """The stages of a scorer for a pipeline as small as the bundled one, with an image tower as small as its scorer's.
 
@@ -49,6 +57,7 @@ def small_run(
         out: Folder of the run; the tower's configuration is written there.
         size: Pixels a side of the pipeline's images.
         count: Images of each split, as of training.own.collect.
+        collect: Further arguments of training.own.collect.
         options: Further ones of :class:`training.own.run.OwnRun`.
     """
     model = {**MODEL_CONFIG, "vision_cfg": {**MODEL_CONFIG["vision_cfg"], "image_size": size}}
@@ -62,7 +71,7 @@ def small_run(
         preview_size=size,
         patch=DOWNSAMPLING,
         unit="image",  # the promise is for the prompts of the table, drawn anew for every image
-        collect=["--count", count, *COLLECT],
+        collect=["--count", count, *COLLECT, *collect],
         calibrate=["--timed-batch", "48"],  # as many as `moe-artifacts demo` makes: small models are slow on few
         tune=[*TUNE, "--classify-steps", str(classify_steps)],
         **options,
