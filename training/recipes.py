@@ -72,7 +72,7 @@ def own_fashion() -> None:
         judge="fashion",
         size=32,
         count="train=60000,validation=2000,calibration=4000,test=4000",
-        classify_steps=5_500,
+        classify_steps=6_500,
         collect=["--compile"],
         against="fashion",
     )
