@@ -4,11 +4,15 @@
 there on, and asks how well the mean of the judge's margins of these twins ranks the image itself. A deterministic sampler
 draws no noise: its twins are the image. A stochastic one leaves open what the noise of the second half decides. Next to it stands what the
 bundled scorer reaches on the same images.
+
+A setting takes up to ten minutes. A run that was killed goes on with the next one: rows that are done are in
+``MOE_ARTIFACTS_WORK/twins`` and count as long as program and bundled files stay the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +22,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import write_results
+from benchmarks.sources import source_hashes
 from moe_artifacts import ArtifactGuard, ArtifactScorer
+from moe_artifacts.bundled import FOLDER as BUNDLED
 from moe_artifacts.bundled import bundled_judge, bundled_pipeline
+from moe_artifacts.files import read_json, sha256_file, write_json
 from moe_artifacts.judge import ManifoldJudge
 from moe_artifacts.schedulers import set_scheduler
 from training.data.prompts import draw_prompts
 from training.metrics import auroc_within, bootstrap
-from training.workspace import progress
+from training.workspace import compile_if_possible, progress, work_folder
 
 SEED = 80_000_000
 BATCH = 100
@@ -60,9 +67,22 @@ class Setting:
         return out.trajectory.scores["artifact_prob"][:, column]
 
 
+def measured(scheduler: str, steps: int, images: int, twins: int) -> dict[str, Any]:
+    """One row, from its file if it has been measured by this program on these bundled files."""
+    weights = {str(path.relative_to(BUNDLED)): sha256_file(path) for path in sorted(BUNDLED.rglob("*.safetensors"))}
+    made_by = source_hashes("benchmarks/twins.py") | weights
+    path = work_folder() / "twins" / f"{scheduler}-{steps}-{images}-{twins}.json"
+    if path.exists() and (found := read_json(path))["made_by"] == made_by:
+        return dict(found["row"])
+    row = measure(scheduler, steps, images, twins)
+    write_json(path, {"made_by": made_by, "row": row})
+    return row
+
+
 def measure(scheduler: str, steps: int, images: int, twins: int) -> dict[str, Any]:
     """One row."""
     setting, judge = Setting(scheduler, steps), bundled_judge("fashion")
+    compile_if_possible(setting.pipe.unet, logging.getLogger(__name__))
     scorer = ArtifactScorer.from_pretrained("fashion")
     own, others, posterior, classes = [], [], [], []
     with progress(images, 0, f"{scheduler} {steps}") as bar:
@@ -106,7 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = [
-        measure(scheduler, int(steps), args.images, args.twins if scheduler in STOCHASTIC else 1)
+        measured(scheduler, int(steps), args.images, args.twins if scheduler in STOCHASTIC else 1)
         for scheduler in args.schedulers.split(",")
         for steps in args.steps.split(",")
     ]
