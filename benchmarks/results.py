@@ -42,7 +42,7 @@ def write_results(
     """
     if not rows:
         raise InputError(f"the benchmark {name!r} has no rows to write")
-    plain = [{column: _plain(column, value) for column, value in row.items()} for row in rows]
+    plain = [{column: plain_value(column, value) for column, value in row.items()} for row in rows]
     path = RESULTS / f"{name}.json" if out is None else Path(out)
     write_json(
         path,
@@ -80,7 +80,7 @@ def table(rows: Sequence[Mapping[str, Value]]) -> str:
     )
 
 
-def _plain(column: str, value: Any) -> Value:
+def plain_value(column: str, value: Any) -> Value:
     item = value.item() if hasattr(value, "item") else value  # numpy and torch scalars
     if item is not None and not isinstance(item, (str, int, float)):
         raise InputError(f"the column {column!r} must hold scalars, got {type(value).__name__}")

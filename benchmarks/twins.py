@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.results import write_results
+from benchmarks.results import plain_value, write_results
 from benchmarks.sources import source_hashes
-from moe_artifacts import ArtifactGuard, ArtifactScorer
 from moe_artifacts.bundled import FOLDER as BUNDLED
 from moe_artifacts.bundled import bundled_judge, bundled_pipeline
 from moe_artifacts.files import read_json, sha256_file, write_json
+from moe_artifacts.guard.guard import ArtifactGuard
 from moe_artifacts.judge import ManifoldJudge
 from moe_artifacts.schedulers import set_scheduler
+from moe_artifacts.scorer import ArtifactScorer
 from training.data.prompts import draw_prompts
 from training.metrics import auroc_within, bootstrap
 from training.workspace import compile_if_possible, progress, work_folder
@@ -69,12 +70,14 @@ class Setting:
 
 def measured(scheduler: str, steps: int, images: int, twins: int) -> dict[str, Any]:
     """One row, from its file if it has been measured by this program on these bundled files."""
-    weights = {str(path.relative_to(BUNDLED)): sha256_file(path) for path in sorted(BUNDLED.rglob("*.safetensors"))}
-    made_by = source_hashes("benchmarks/twins.py") | weights
+    files = sorted(path for path in (BUNDLED / "fashion").rglob("*") if path.is_file())
+    made_by = source_hashes("benchmarks/twins.py") | {
+        str(path.relative_to(BUNDLED)): sha256_file(path) for path in files
+    }
     path = work_folder() / "twins" / f"{scheduler}-{steps}-{images}-{twins}.json"
     if path.exists() and (found := read_json(path))["made_by"] == made_by:
         return dict(found["row"])
-    row = measure(scheduler, steps, images, twins)
+    row = {name: plain_value(name, value) for name, value in measure(scheduler, steps, images, twins).items()}
     write_json(path, {"made_by": made_by, "row": row})
     return row
 

@@ -89,8 +89,6 @@ class Experts(nn.Module):
         mixed = features.new_zeros(len(features), self.config.hidden_dim)
         for k in range(self.config.num_experts):
             rows = (gate_weights[:, k] != 0).nonzero().squeeze(-1)  # not `> 0`, which would drop NaN without a trace
-            if len(rows) == 0:  # most of the experts, in a batch that is all at one noise level
-                continue
             if len(rows) == 0:  # while running, a batch has one noise level, and most experts no rows
                 continue
             everyone = len(rows) == len(features)  # then gathering and scattering would only cost time

@@ -106,7 +106,7 @@ def test_the_command_line_tunes_and_mixes_and_says_of_what(data: Path, tmp_path:
     assert main(words) == 0  # finished: nothing to do
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")} == before
     # Its weights are a start for another run, which may have a validation set of its own.
-    words += ["--validation", str(data)]
+    words += ["--validation", str(trajectory_folders(tmp_path / "validation", prompts=12))]
     words[words.index(str(out))] = str(tmp_path / "further")
     assert main([*words, "--pretrained", str(out / "embedder.safetensors")]) == 0
     assert state(tmp_path / "further" / "plain.safetensors") == hashes["embedder"]
@@ -242,7 +242,7 @@ def test_without_labels_there_is_noise_tuning_alone(tmp_path: Path) -> None:
 def test_labels_of_one_kind_are_refused_before_training_and_a_band_of_one_kind_has_no_score(
     pairs: PreviewPairs, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"got \d+ and \d+ labels. Label more images, or set classify_steps=0"):
+    with pytest.raises(InputError, match=r"got \d+ and \d+ labels\. Label more images, let the judge .* or set classify_steps=0"):
         Tuning(towers(), dataclasses.replace(pairs, label=pairs.label * 0.3), SHORT, tmp_path / "clean")
     label = torch.where(pairs.log_snr == 0, 1.0, pairs.label)  # all bad in the middle band
     Tuning(towers(), dataclasses.replace(pairs, label=label), SHORT, tmp_path / "middle").run()
@@ -270,19 +270,19 @@ def test_part_2_learns_how_bad_an_image_is_where_the_judge_says(pairs: PreviewPa
     assert found["all"] != found["no weight"] == found["unknown"]
 
 
-def test_with_a_validation_set_all_rows_are_trained_on(
-    pairs: PreviewPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_a_validation_set_all_rows_are_trained_on(pairs: PreviewPairs, tmp_path: Path) -> None:
     validation = pairs.subset(torch.arange(0, len(pairs), 5))
     run = Tuning(towers(), pairs, SHORT, tmp_path, validation=validation)
     assert run.train is pairs and run.validation is validation
     run.run()
     with pytest.raises(ConfigError, match="differs in validation;"):
-        Tuning(towers(), pairs, SHORT, tmp_path, validation=dataclasses.replace(validation, facts={"other": 1}))
+        Tuning(towers(), pairs, SHORT, tmp_path, validation=dataclasses.replace(validation, label=1 - validation.label))
     with pytest.raises(ConfigError, match="differs in validation;"):
         Tuning(towers(), pairs, SHORT, tmp_path)
     with pytest.raises(InputError, match="validation must hold latents as the data do, got previews"):
         Tuning(towers(), pairs, SHORT, tmp_path, validation=dataclasses.replace(validation, kind="previews"))
+    with pytest.raises(InputError, match="validation must be other images than those trained on, got the same"):
+        Tuning(towers(), pairs, SHORT, tmp_path, validation=pairs)
 
 
 def test_without_noise_tuning_the_parents_are_the_plain_and_the_classified_one(

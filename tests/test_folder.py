@@ -114,7 +114,8 @@ def test_it_is_read_once(images: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("training.data.folder.read_rgb", None)
     again = folder_classes(images, tmp_path)
     assert again.size == 64 and torch.equal(again.train.rgb(slice(9)), first.train.rgb(slice(9)))
-    assert "2 classes, 310 pictures to train with and 80 held out, coloured, 64x64 pixels" in stored_counts(tmp_path)
+    told = "2 classes (ankle boot 150, bag 240), 310 pictures to train with and 80 held out, coloured, 64x64 pixels"
+    assert told in stored_counts(tmp_path)
     for options, message in (({"size": 32}, "size=64, and 32"), ({"seed": 0}, "seed=3, and 0")):
         with pytest.raises(InputError, match=message):
             folder_classes(images, tmp_path, **options)
@@ -147,8 +148,12 @@ def test_what_cannot_be_used_is_left_out_and_counted(images: Path, tmp_path: Pat
     (folder / "notes").mkdir()  # no class: it has no picture
     (folder / ".cache").mkdir()
     write_pictures(folder / ".cache", count=3, seed=9)
+    (folder / "bag" / ".DS_Store").touch()
+    for name in ("Thumbs.db", "list.csv", "old/page.pdf"):
+        (folder / "bag" / name).touch()
+    Image.new("RGB", (30, 30), (1, 2, 3)).save(folder / "bag" / "net.ppm")  # kept
     data = folder_classes(folder, tmp_path / "store")
-    assert data.names == (("ankle boot",), ("bag",)) and len(data.train) + len(data.held_out) == 392
+    assert data.names == (("ankle boot",), ("bag",)) and len(data.train) + len(data.held_out) == 393
     found = rejects(tmp_path / "store")
     again = next(file for file, reason in found.items() if reason == "same picture again")
     assert again in ("Ankle_Boot/again.png", "bag/old/001.png")  # the other is kept
@@ -156,7 +161,19 @@ def test_what_cannot_be_used_is_left_out_and_counted(images: Path, tmp_path: Pat
         "bag/cut.png": "picture: damaged",
         "bag/empty.jpg": "picture: empty",
     }
-    assert re.search(r"same picture again +1 +392\n", stored_counts(tmp_path / "store"))
+    assert re.search(r"same picture again +1 +393\n", stored_counts(tmp_path / "store"))
+    assert re.search(r"not named like an image +3 +396\n", stored_counts(tmp_path / "store"))
+
+
+def test_pictures_that_are_there_many_times_leave_enough_to_hold_out(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    write_pictures(folder / "copies" / "0", count=60, seed=8)
+    for number in range(1, 10):
+        shutil.copytree(folder / "copies" / "0", folder / "copies" / str(number))
+    data = folder_classes(folder, tmp_path / "store")
+    counts = [torch.bincount(part.labels).tolist() for part in (data.train, data.held_out)]
+    assert counts == [[110, 200, 40], [40, 40, 20]]  # a third of a small class is held out
 
 
 def test_a_file_whose_name_is_no_text_is_left_out(images: Path, tmp_path: Path) -> None:
@@ -190,7 +207,7 @@ def test_folders_that_are_no_classes_are_refused(images: Path, tmp_path: Path) -
         folder_classes(folder, tmp_path / "store", size=48)
     write_pictures(folder / "few", count=3, seed=7)
     (folder / "few" / "damaged.png").write_bytes(b"\x89PNG")
-    with pytest.raises(InputError, match=r"1 of 3 classes of .* fewer than 150 .* 'few' has 3: add some"):
+    with pytest.raises(InputError, match=r"1 of 3 classes of .* fewer than 60 .* 'few' has 3: add some"):
         folder_classes(folder, tmp_path / "store")
     assert rejects(tmp_path / "store") and not (tmp_path / "store" / "index.parquet").exists()
     for name, message in (("ANKLE boot", "2 folders whose class would be called 'ankle boot'"), ("_", "name ''")):
@@ -198,6 +215,13 @@ def test_folders_that_are_no_classes_are_refused(images: Path, tmp_path: Path) -
         with pytest.raises(InputError, match=message):
             folder_classes(folder, tmp_path / "store")
         (folder / name).rename(folder / "few")
+    parts = tmp_path / "parts"
+    for name in ("train", "Val"):
+        shutil.copytree(images, parts / name)
+    with pytest.raises(
+        InputError, match=r"called Val, train: these are parts of a data set and no classes; give one of"
+    ):
+        folder_classes(parts, tmp_path / "store")
 
 
 def test_a_full_disk_is_an_error_of_ours(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ from training.judges import JudgeRecipe, train_judges
 from training.judging import ManifoldLabels, judge_named
 from training.own.prompts import read_prompts
 from training.tokenizer import build_tokenizer, fit_context
+from training.workspace import Stage
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("Ankle_Boot", "bag")
@@ -187,20 +188,22 @@ def test_another_recipe_needs_another_folder(
     (tmp_path / "templates.txt").write_text("a {}\nthe {}\none {}\n")
     with pytest.raises(ConfigError, match="differs in templates"):
         train_on_folder(images, TINY, templates=tmp_path / "templates.txt")
-    with pytest.raises(ConfigError, match="differs in recipe"):
+    with pytest.raises(ConfigError, match="differs in images, recipe"):
         train_vae(GeneratorRecipe(vae_steps=5))
     assert run(monkeypatch, tmp_path / "work", images) == tmp_path / "work" / "pipeline"
 
 
 def test_other_options_need_another_folder_without_images_too(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    images: Path, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = use_work(monkeypatch, tmp_path / "work")
     shutil.copytree(work, folder)
     command = ["--out", str(folder), "--vae-steps", "4", "--steps"]
     assert training.generator.main([*command, "4"]) == 2
     assert "holds a run that differs in images" in capsys.readouterr().err
-    (folder / "generator.json").unlink()  # as of a run of an older version
+    (folder / "generator.json").unlink()  # as of a run of an older version, which was of Fashion-MNIST
+    assert training.generator.main([*command, "4", "--images", str(images)]) == 2
+    assert "holds a run that differs in images" in capsys.readouterr().err
     assert training.generator.main([*command, "4"]) == 0
     assert training.generator.main([*command, "4"]) == 0
     for more in (["5"], ["4", "--denoiser-lr", "1e-5"], ["4", "--only", "vae", "--vae-lr", "1e-5"]):
@@ -388,11 +391,33 @@ def test_a_judge_of_another_recipe_is_not_taken_for_the_one_asked_for(
         train_judges(recipes=(JUDGES[0], more))
     assert judges.main(["--out", str(folder), "--steps", "60"]) == 2
     assert "first.safetensors was trained with width=4, and 32 is asked for now" in capsys.readouterr().err
-    for name in ("first", "second"):  # as of an older version
+    for name in ("first", "second"):  # as of an older version, which had the recipe of Fashion-MNIST
         report = read_json(folder / "judges" / f"{name}.json")
         del report["recipe"]
         write_json(folder / "judges" / f"{name}.json", report)
-    assert judges.main(["--out", str(folder), "--steps", "3000"]) == 0
+    assert judges.main(["--out", str(folder)]) == 0
+    assert judges.main(["--out", str(folder), "--steps", "3000"]) == 2
+    assert "trained with steps=1500, and 3000 is asked for now" in capsys.readouterr().err
+
+
+def test_a_small_class_has_enough_references_and_no_row_is_in_both_parts() -> None:
+    labels = torch.tensor([0] * 300 + [1] * 12)
+    order = torch.randperm(312, generator=torch.Generator().manual_seed(0))
+    reference, rest = judges._enough_references(order, labels, 10)
+    assert sorted([*reference.tolist(), *rest.tolist()]) == list(range(312))
+    assert torch.bincount(labels[reference]).tolist()[1] == 10
+    assert reference[:104].equal(order[:104])  # a third of all, as where every class is large
+
+
+def test_the_quantile_makes_a_judge_stricter(
+    work: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_work(monkeypatch, tmp_path)
+    data, stage = folder_classes(images, work / "images"), Stage("judges")
+    found = [judges.build_judge(dataclasses.replace(JUDGES[0], quantile=q), data, stage)[0] for q in (0.95, 0.5)]
+    assert (found[1].log_threshold < found[0].log_threshold).all()
+    with pytest.raises(ConfigError, match=r"quantile must be between 0 and 1, got 1\.0"):
+        dataclasses.replace(JUDGES[0], quantile=1.0)
 
 
 def test_references_are_shared_out_evenly_where_there_are_too_many() -> None:

@@ -16,6 +16,7 @@ from moe_artifacts.errors import CheckpointError, InputError
 from moe_artifacts.judge import FeatureMaps, ManifoldJudge
 from moe_artifacts.trajectory import Trajectory
 from tests.commands import tiny_bundle, use_bundle
+from training.data.images import square, to_preview
 from training.judging import ManifoldLabels, RatingJudge, ScoreJudge, VerdictJudge, import_function, judge_named
 
 SIDE = 32
@@ -215,8 +216,18 @@ def test_prompts_of_no_class_have_no_label(tmp_path):
     path = tmp_path / "a.png"  # pictures from files are the same up to rounding to 8 bits
     Image.fromarray((images[0].permute(1, 2, 0) * 255).round().byte().numpy()).save(path)
     assert judged(labels, [path], prompts[:1]) == [expected[0].item()]
-    with pytest.raises(InputError, match="32x32 pixels, got one of 8x4"):
-        judged(labels, [Image.new("RGB", (8, 4))], ["1"])
+
+
+def test_images_of_another_size_are_seen_as_the_real_ones_were():
+    judge, _images, classes, _ = manifold()
+    sides = [(SIDE, SIDE), (4 * SIDE, 4 * SIDE), (2 * SIDE, 3 * SIDE), (8, 4)]
+    pixels = [torch.rand(3, *side) for side in sides]
+    pictures = [Image.fromarray((one.permute(1, 2, 0) * 255).round().byte().numpy()) for one in pixels]
+    shown = torch.cat([to_preview(square(picture, SIDE)) for picture in pictures])
+    expected = (judge.margin(shown, classes[: len(sides)]) > 0).float().tolist()
+    prompts = [str(k) for k in classes[: len(sides)].tolist()]
+    assert judged(ManifoldLabels(judge, int), pictures, prompts) == expected
+    assert judged(ManifoldLabels(judge, int), pixels, prompts) == expected
 
 
 # --- by name

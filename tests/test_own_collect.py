@@ -739,21 +739,41 @@ def test_the_command_collects_and_says_what(place, capsys):
     assert not (place / "work").exists()
 
 
+@pytest.mark.parametrize(("strict", "said"), [("-1", "clean"), ("9999", "bad"), ("380", "")])
+def test_a_judge_that_finds_all_alike_is_told_of_early(place, capsys, monkeypatch, strict, said):
+    monkeypatch.setattr(training.own.collect, "ONE_SIDED_AFTER", 6)
+    judge = ("--judge", "judge_of_own_tests:score", "--bad-below", strict)
+    assert training.own.collect.main(command(place, "--count", "train=12", "--settings", "own:5", *judge)) == 0
+    told = capsys.readouterr().err
+    assert told.count("WARNING") == bool(said)
+    assert not said or f"WARNING: the judge finds all of the first 8 images {said};" in told  # two batches of four
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo")  # about a cached version check inside diffusers
-def test_the_denoiser_is_compiled_on_request_and_nothing_else_changes(place, monkeypatch):
-    more = ("--count", "train=4,test=2", "--settings", "own:5", "--autocast", "bf16", *JUDGED)
+def test_the_denoiser_is_compiled_on_request_and_nothing_else_changes(place, monkeypatch, capsys):
+    torch._dynamo.reset()
+    more = ("--count", "train=12,test=4", "--settings", "own:5", "--autocast", "bf16", *JUDGED)
     assert training.own.collect.main(command(place, *more)) == 0
     plain = content(place / "out")
     shutil.rmtree(place / "out")
-    compiled = []
+    graphs = []
 
-    def compile_eagerly(module: torch.nn.Module, log: Any) -> None:
-        compiled.append(type(module).__name__)
-        module.compile(backend="eager")  # without a compiler, and equal to the last bit
+    def backend(graph: Any, inputs: Any) -> Any:  # without a compiler, and equal to the last bit
+        graphs.append(graph)
+        return graph.forward
 
-    monkeypatch.setattr(training.own.collect, "compile_if_possible", compile_eagerly)
+    monkeypatch.setattr(
+        training.own.collect, "compile_if_possible", lambda module, log: module.compile(backend=backend)
+    )
     assert training.own.collect.main(command(place, *more, "--compile")) == 0
-    assert compiled == ["UNet2DConditionModel"] and content(place / "out") == plain
+    assert len(graphs) == 2  # in bfloat16 and as users have it, whatever the number of batches
+    found = content(place / "out")
+    assert {name: value for name, value in found.items() if name != "collect.json"} == {
+        name: value for name, value in plain.items() if name != "collect.json"
+    }
+    assert training.own.collect.main(command(place, *more)) == 2
+    assert "compile=True, this run has None" in capsys.readouterr().err
+    torch._dynamo.reset()
 
 
 def test_the_command_without_a_judge_says_how_to_go_on(place, capsys):

@@ -71,9 +71,12 @@ def test_margins_are_known_where_a_judge_gave_them(tmp_path: Path) -> None:
     dataclasses.replace(trajectory(["c", "d"]), meta={"margin": [None, 0.5]}).save(tmp_path / "1")
     dataclasses.replace(trajectory(["e"]), meta={}).save(tmp_path / "2")
     assert read_pairs(tmp_path).margin.isnan().tolist() == 6 * [False] + 3 * [True] + 3 * [False] + 3 * [True]
-    dataclasses.replace(trajectory(["c"]), meta={"margin": [0.1, 0.2]}).save(tmp_path / "1")
-    with pytest.raises(InputError, match="margin must be one per image, got 2"):
-        read_pairs(tmp_path)
+    for wrong, told in (([0.1, 0.2], "one per image, got 2"), (["much"], "a number or null, got 'much'")):
+        dataclasses.replace(trajectory(["c"]), meta={"margin": wrong}).save(tmp_path / "1")
+        with pytest.raises(InputError, match=f"margin must be {told}"):
+            read_pairs(tmp_path)
+    with pytest.raises(InputError, match="margin must be finite, or NaN where it is not known"):
+        in_memory([0], margin=torch.tensor([math.inf]))
 
 
 def test_rows_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How well frozen embeddings tell artifacts, one band of noise levels at a time: a linear probe, judged on other prompts."""
+"""How well frozen embeddings tell artifacts, one band of noise levels at a time: a linear probe, judged on other images."""
 
 from __future__ import annotations
 

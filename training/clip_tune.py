@@ -7,8 +7,8 @@ resumable, on trajectories or on shards of :mod:`training.forward_noise` (:mod:`
    batch may be as large as one likes: memory is that of ``--micro-batch`` (:mod:`training.cached_contrastive`).
 2. classification: both towers and a head that is told the log-SNR, end to end on the label and, where it is known, on how far
    the judge sees the image from the border.
-3. WiSE-FT: weights between the two, by the within-prompt AUROC of a linear probe in each band of noise levels, on prompts
-   held out: a share of them, or those of ``--validation``.
+3. WiSE-FT: weights between the two, by the within-prompt AUROC of a linear probe in each band of noise levels, on rows held
+   out: those of a share of the prompts, or of ``--validation``.
 
 It writes to ``--out``: ``plain``, ``noise_tuned``, ``classified`` and ``embedder.safetensors``, each with the weights of an
 open_clip model; ``embedder.json``, the configuration of the last one for a scorer; ``wise_ft.json``, the table of part 3.
@@ -44,7 +44,7 @@ from moe_artifacts.shapes import Embedding, Rows
 from training.band_probe import Bands, band_scores, bands_with_both_kinds, embed_rows
 from training.cached_contrastive import cached_backward, clip_loss, siglip_loss
 from training.clip_towers import Head, Towers, build_embedder, chosen_weights, load_preview
-from training.data.pairs import COLUMNS, MicroBatches, PreviewPairs, RowSampler, hold_out, read_pairs
+from training.data.pairs import MicroBatches, PreviewPairs, RowSampler, hold_out, read_pairs
 from training.loop import StepBatch, TrainingLoop, cosine_schedule
 from training.margins import margin_loss, margin_scale
 from training.processes import Processes
@@ -264,6 +264,8 @@ class Tuning:
             return hold_out(pairs, self.recipe.held_out, self.recipe.seed)
         if validation.kind != pairs.kind:
             raise InputError(f"validation must hold {pairs.kind} as the data do, got {validation.kind}")
+        if validation.identity() == pairs.identity():
+            raise InputError("validation must be other images than those trained on, got the same")
         return pairs, validation
 
     def _find_labels(self) -> None:
@@ -284,8 +286,8 @@ class Tuning:
         if recipe.classify_steps and not self.measurable:
             raise InputError(
                 "classification needs labels of images with and without artifacts, of some noise level, both to train on "
-                f"and among the prompts held out; got {len(known[0])} and {len(known[1])} labels. Label more images, or set "
-                "classify_steps=0"
+                f"and in what is held out; got {len(known[0])} and {len(known[1])} labels. Label more images, let the judge be "
+                "more or less strict, or set classify_steps=0"
             )
 
     @property
@@ -314,10 +316,8 @@ class Tuning:
             "embedder": to_dict(self.towers.embedder.config),
             "plain_sha256": self.towers.embedder.weights_sha256(),
             "preview_sha256": None if preview is None else state_sha256(preview.state_dict()),
-            "pictures": pairs.facts,
-            "rows": len(pairs),
-            "columns_sha256": state_sha256({name: getattr(pairs, name) for name in COLUMNS}),
-            "validation": None if validation is None else validation.facts,
+            **pairs.identity(),
+            "validation": None if validation is None else validation.identity(),
         }
         values = json.loads(json.dumps(to_dict(self.recipe) | own))  # as it is read back: no tuples
         path = self.out / "run.json"

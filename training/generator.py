@@ -47,6 +47,7 @@ from training.tokenizer import build_tokenizer, fit_context
 from training.workspace import Stage, progress, work_folder
 
 CONTEXT_LENGTH = 16  # tokens of a prompt; longer where the name of a class needs it
+FASHION = "Fashion-MNIST"  # in place of a folder of images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ def train_vae(recipe: GeneratorRecipe, data: ClassImages | None = None, device: 
     Raises:
         ConfigError: If the loss or its gradient stops being a number, or the work folder holds a run with another recipe.
     """
-    _same_run({"recipe": asdict(recipe)})
+    _same_run(({"images": FASHION} if data is None else {}) | {"recipe": asdict(recipe)})
     stage = Stage("vae")
     result = stage.folder / "vae.safetensors"
     if result.exists():
@@ -286,6 +287,8 @@ def _same_run(run: dict[str, object]) -> None:
     """Keep what the run in the work folder was begun with, as far as it is known; its state fits no other."""
     path = work_folder() / "generator.json"
     before = read_json(path) if path.exists() else {}
+    if any((path.parent / name).exists() for name in ("vae", "pipeline")):
+        before = {"images": FASHION} | before  # the first runs of it did not say so
     if changed := [name for name in run if before.get(name, run[name]) != run[name]]:
         raise ConfigError(
             f"{path.parent} holds a run that differs in {', '.join(changed)} (see {path}); use what it was started with, or "
@@ -344,7 +347,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.images is not None:
             print(train_on_folder(args.images, recipe, args.size, args.templates, args.device))
             return 0
-        _same_run({"images": "Fashion-MNIST"})
         vae_path = train_vae(recipe, device=args.device)
         if args.only != "vae":
             print(train_denoiser(recipe, load_vae(vae_path), device=args.device))

@@ -63,6 +63,8 @@ class JudgeRecipe:
             raise ConfigError(f"steps must be at least 1, got {self.steps}")
         if not 0 < self.lr < math.inf:
             raise ConfigError(f"lr must be positive, got {self.lr}")
+        if not 0 < self.quantile < 1:
+            raise ConfigError(f"quantile must be between 0 and 1, got {self.quantile}")
 
 
 FIRST = JudgeRecipe(name="first", seed=10)
@@ -141,7 +143,7 @@ def build_judge(recipe: JudgeRecipe, data: ClassImages, stage: Stage) -> tuple[M
     """
     train, test, classes = data.train, data.held_out, len(data.names)
     order = torch.randperm(len(train), generator=step_generator(recipe.seed, 0))
-    for_reference, for_classifier = order[: len(order) // 3], order[len(order) // 3 :]
+    for_reference, for_classifier = _enough_references(order, train.labels, 2 * recipe.neighbours)
     maps, head = train_maps(recipe, train.subset(for_classifier), stage)
 
     if len(for_reference) > REFERENCE_ROWS:
@@ -187,6 +189,16 @@ def build_judge(recipe: JudgeRecipe, data: ClassImages, stage: Stage) -> tuple[M
     return judge, report
 
 
+def _enough_references(order: Tensor, labels: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """A third of the rows, and as many more of each small class as make it ``least``; and the rest of the rows."""
+    first, rest = order[: len(order) // 3], order[len(order) // 3 :]
+    count = torch.bincount(labels[first], minlength=int(labels.max()) + 1)
+    more = torch.zeros(len(rest), dtype=torch.bool)
+    for label in (count < least).nonzero().flatten().tolist():
+        more[(labels[rest] == label).nonzero().flatten()[: least - int(count[label])]] = True
+    return torch.cat([first, rest[more]]), rest[~more]
+
+
 def _parts(count: int) -> list[slice]:
     return [slice(start, start + 1000) for start in range(0, count, 1000)]
 
@@ -223,9 +235,10 @@ def train_judges(
 
 
 def _require_recipe(path: Path, recipe: JudgeRecipe) -> None:
-    """Refuse a judge that is known to be of another recipe; the first ones did not say."""
+    """Refuse a judge of another recipe; the first ones did not say, and were those of Fashion-MNIST."""
     report = path.with_suffix(".json")
     before = read_json(report).get("recipe", {}) if report.exists() else {}
+    before = asdict(FIRST if recipe.name == FIRST.name else SECOND) | before
     for name, value in asdict(recipe).items():
         if before.get(name, value) != value:
             raise ConfigError(
@@ -243,13 +256,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, default=JudgeRecipe.steps, help="of each classifier (%(default)s)")
     parser.add_argument("--lr", type=float, default=JudgeRecipe.lr, help="learning rate (%(default)s)")
+    parser.add_argument(
+        "--quantile",
+        type=float,
+        default=JudgeRecipe.quantile,
+        help="share of the real images that pass: the lower, the stricter (%(default)s)",
+    )
     args = parser.parse_args(arguments)
     if args.images is None and args.size is not None:
         parser.error("--size belongs to --images")
     if args.out is not None:
         os.environ["MOE_ARTIFACTS_WORK"] = str(args.out)
     try:
-        recipes = replace(FIRST, steps=args.steps, lr=args.lr), replace(SECOND, steps=args.steps, lr=args.lr)
+        given = {name: getattr(args, name) for name in ("steps", "lr", "quantile")}
+        recipes = replace(FIRST, **given), replace(SECOND, **given)
         data = None
         if args.images is not None:
             recipes = replace(recipes[0], quantile_method="weibull"), replace(recipes[1], quantile_method="weibull")

@@ -37,7 +37,7 @@ from moe_artifacts.judge import ManifoldJudge, class_in, load_judge
 from moe_artifacts.label import find_images, rater_tables, read_verdicts
 from moe_artifacts.shapes import PerImage, Preview
 from training.data.columns import stream_columns
-from training.data.images import read_rgb, to_preview
+from training.data.images import read_rgb, square, to_preview
 from training.data.rated import label_of
 
 FinishedImage: TypeAlias = str | os.PathLike[str] | Image.Image | Float[Tensor, "3 pixel_h pixel_w"]  # RGB in [0, 1]
@@ -351,11 +351,10 @@ def _as_picture(image: FinishedImage) -> Image.Image:
 
 
 def _for_manifold(image: FinishedImage, size: int) -> Float[Tensor, "3 pixel_h pixel_w"]:
-    pixels = _checked(image).float() if isinstance(image, Tensor) else to_preview(_as_picture(image))[0]
-    height, width = pixels.shape[1:]
-    if (height, width) != (size, size):
-        raise InputError(f"this manifold judge looks at images of {size}x{size} pixels, got one of {width}x{height}")
-    return pixels
+    if isinstance(image, Tensor) and image.shape[1:] == (size, size):
+        return _checked(image).float()
+    picture = _as_picture(image)
+    return to_preview(picture if picture.size == (size, size) else square(picture, size))[0]  # as it saw real ones
 
 
 def _are_names(classes: Any) -> bool:

@@ -128,8 +128,12 @@ class TrajectorySource:
         folder = self.folders[shard]
         meta = read_json(folder / META_NAME)
         margins: list[float | None] | None = meta.get("margin")
-        if margins is not None and len(margins) != meta.get("num_images"):
+        if margins is None:
+            return None
+        if len(margins) != meta.get("num_images"):
             raise InputError(f"{folder}: margin must be one per image, got {len(margins)}; record it again")
+        if wrong := [value for value in margins if not isinstance(value, float | int | None)]:
+            raise InputError(f"{folder}: margin must be a number or null, got {wrong[0]!r}; record it again")
         return margins
 
     def facts(self) -> dict[str, Any]:

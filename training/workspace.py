@@ -80,7 +80,7 @@ def progress(total: int, start: int, name: str) -> Iterator[Any]:
 def compile_if_possible(module: nn.Module, log: logging.Logger) -> None:
     """Compile the forward pass in place where a C++ compiler is found: 1.2 to 2 times faster here, equal to rounding."""
     if shutil.which("g++") is None:
-        log.info("no g++ found: %s runs uncompiled, which is slower", type(module).__name__)
+        log.warning("no g++ found: %s runs uncompiled, which is slower", type(module).__name__)
         return
     warnings.filterwarnings("ignore", module="torch._dynamo")  # about a cached version check inside diffusers
     module.compile()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import pyarrow as pa
 
 from moe_artifacts.errors import InputError
 from moe_artifacts.judge import class_in
-from training.data.splits import same_prompt
 
 NAME = "{}"
 TEMPLATES = tuple(
@@ -35,10 +35,10 @@ def class_name(folder: str) -> str:
     """What prompts call the class of a folder.
 
     Example:
-        >>> class_name("Ankle_Boot"), class_name("T-shirt")
-        ('ankle boot', 't-shirt')
+        >>> class_name("Ankle_Boot"), class_name("T-shirt"), class_name("Straße")
+        ('ankle boot', 't-shirt', 'straße')
     """
-    return same_prompt(folder.replace("_", " "))
+    return " ".join(unicodedata.normalize("NFKC", folder.replace("_", " ")).lower().split())
 
 
 def fill(template: str, name: str) -> str:

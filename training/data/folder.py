@@ -1,12 +1,12 @@
 """A folder of images with a sub-folder for each class, read once and kept as pixels.
 
-    pictures.bin       uint8 [image 3 size size], those to train with first
+    pictures.bin       uint8 [image 3 size size]
     index.parquet      file, label, split (train or held-out) of each picture; written last
     rejects.parquet    file, reason, detail
 
-A picture is cut to its middle square and resized. What cannot be read is left out and counted, and so is a file whose name is
-not UTF-8, and a picture that is there a second time, which could otherwise be held out and trained on. The pixels stay on the
-disk and are mapped into memory, so that the number of pictures does not matter.
+A picture is cut to its middle square and resized. What cannot be read is left out and counted, and so is a file that is not named
+like an image, one whose name is not UTF-8, and a picture that is there a second time, which could otherwise be held out and
+trained on. The pixels stay on the disk and are mapped into memory, so that the number of pictures does not matter.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ from training.data.class_prompts import class_name
 from training.data.columns import read_columns, read_facts, write_table
 from training.data.fashion import LabelledImages
 from training.data.filters import FilterCount, FilterCounts
-from training.data.images import BadImage, image_files, read_rgb, square
+from training.data.images import SUFFIXES, BadImage, image_files, read_rgb, square, visible_files
+from training.data.splits import same_prompt
 
 SIZES = (32, 64, 128)  # the generator halves them down to four latents a side
-# 40 pictures are held out at least: half of them set a judge's threshold at their 95th percentile, half confirm it. Of the
-# others a third are references, in which the nearest five are looked for.
-MIN_IMAGES, MIN_HELD_OUT, HELD_OUT_SHARE = 150, 40, 1 / 6
+# Of the pictures held out half set a judge's threshold at their 95th percentile, half confirm it: 40 are wanted, a third of a
+# small class has to do. Of the others a third are references, in which the nearest five are looked for.
+MIN_IMAGES, ENOUGH_HELD_OUT, LARGEST_SHARE, HELD_OUT_SHARE = 60, 40, 1 / 3, 1 / 6
+SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
+NAMED = 20  # classes, at most, in what people are told
 COLOUR_LEVELS = 3.0  # mean distance of the channels, of 255, above which a picture has colours; JPEG alone makes less
 COLOURED_SHARE = 0.01  # of the pictures, from which on the set counts as coloured
 
@@ -87,17 +90,20 @@ def folder_classes(folder: Path, store: Path, size: int | None = None, seed: int
     size, seed = SIZES[0] if size is None else size, seed or 0
     if size not in SIZES:
         raise InputError(f"size must be one of {', '.join(map(str, SIZES))}, got {size}")
-    classes = _class_files(folder)
+    classes, others = _class_files(folder)
     names = [class_name(name) for name in classes]
     _check_names(folder, names)
     counts = FilterCounts()
-    counts.start("images", "found", sum(map(len, classes.values())))
-    parts = _split(list(classes.values()), seed)
-    rows, rejects, coloured = _store(folder, store / "pictures.bin", parts, size)
+    counts.start("images", "files found", sum(map(len, classes.values())) + others)
+    counts.drop("images", "not named like an image", others)
+    pictures, rejects, coloured = _store(
+        folder, store / "pictures.bin", _in_random_order(list(classes.values()), seed), size
+    )
     for reason, lost in sorted(Counter(reason for _, reason, _ in rejects).items()):
         counts.drop("images", reason, lost)
     write_table(_columns(rejects, ("file", "reason", "detail")), store / "rejects.parquet", {})
-    _check_numbers(folder, store, list(classes), [label for _, label, _ in rows])
+    rows = _split(pictures)
+    _check_numbers(folder, store, list(classes), [label for _, label in pictures])
     facts = {"images": str(folder.resolve()), "size": size, "seed": seed, "names": names}
     facts |= {"coloured": coloured > COLOURED_SHARE * len(rows), "filters": counts.as_rows()}
     write_table(_columns(rows, ("file", "label", "split")), index, facts)
@@ -108,32 +114,43 @@ def stored_counts(store: Path) -> str:
     """What was read and left out, and the pictures of each part, for people."""
     facts = read_facts(store / "index.parquet")
     counts = FilterCounts([FilterCount(**row) for row in facts["filters"]])
-    splits = Counter(read_columns(store / "index.parquet", {"split": pa.string()})["split"].to_pylist())
+    table = read_columns(store / "index.parquet", {"split": pa.string(), "label": pa.int64()})
+    splits, labels = (Counter(table[name].to_pylist()) for name in ("split", "label"))
     kind = "coloured" if facts["coloured"] else "grey"
+    classes = [f"{name} {labels[label]:,}" for label, name in enumerate(facts["names"])]
+    more = f", and {len(classes) - NAMED} more" if len(classes) > NAMED else ""
     return (
-        f"{counts}\n\n{len(facts['names'])} classes, {splits['train']:,} pictures to train with and "
-        f"{splits['held-out']:,} held out, {kind}, {facts['size']}x{facts['size']} pixels"
+        f"{counts}\n\n{len(classes)} classes ({', '.join(classes[:NAMED])}{more}), {splits['train']:,} pictures to train with "
+        f"and {splits['held-out']:,} held out, {kind}, {facts['size']}x{facts['size']} pixels"
     )
 
 
-def _class_files(folder: Path) -> dict[str, list[str]]:
-    """The image files of each class folder; folders without any are no classes."""
+def _class_files(folder: Path) -> tuple[dict[str, list[str]], int]:
+    """The image files of each class folder, and how many files beside them are none; folders without any are no classes."""
     if not folder.is_dir():
         raise InputError(f"images must be a folder with a sub-folder for each class, {folder} is none")
     places = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
-    classes = {p.name: [str(file.relative_to(folder)) for file in image_files(p)] for p in places}
-    classes = {name: files for name, files in classes.items() if files}
+    found = {p.name: image_files(p) for p in places}
+    others = sum(len(visible_files(p)) for p in places) - sum(map(len, found.values()))
+    classes = {name: [str(file.relative_to(folder)) for file in files] for name, files in found.items() if files}
     if len(classes) < 2:
         raise InputError(
-            f"{folder} has {len(classes)} sub-folders with images, at least 2 are needed: put the images of each class "
-            "into a folder of its own that is called what prompts should call them"
+            f"{folder} has {len(classes)} sub-folders with images, at least 2 are needed, and {others} other files in its "
+            "sub-folders: put the images of each class into a folder of its own that is called what prompts should call them; "
+            f"an image is what is named {', '.join(sorted(SUFFIXES))}"
         )
-    return classes
+    if {name.lower() for name in classes} <= SPLIT_NAMES:
+        raise InputError(
+            f"the sub-folders of {folder} are called {', '.join(classes)}: these are parts of a data set and no classes; give "
+            f"one of them, such as {folder / next(iter(classes))}, or put the parts of each class together"
+        )
+    return classes, others
 
 
 def _check_names(folder: Path, names: Sequence[str]) -> None:
-    for name, count in Counter(names).items():
-        if count > 1:
+    alike = Counter(map(same_prompt, names))
+    for name in names:
+        if (count := alike[same_prompt(name)]) > 1:
             raise InputError(f"{folder} has {count} folders whose class would be called {name!r}: rename them")
         if not name or not _is_text(name):
             raise InputError(f"{folder} has a folder whose name {name!r} cannot be used in a prompt: rename it")
@@ -147,48 +164,55 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _split(classes: Sequence[Sequence[str]], seed: int) -> dict[Part, list[File]]:
-    """Each class to its parts; in a random order that more files do not change, since classes in turn would teach nothing."""
+def _in_random_order(classes: Sequence[Sequence[str]], seed: int) -> list[File]:
+    """All files; in an order that more files do not change, and not class after class, which would teach nothing."""
 
-    def place(file: str) -> bytes:
-        return hashlib.sha256(f"{seed} {file}".encode(errors="surrogateescape")).digest()
+    def place(file: File) -> bytes:
+        return hashlib.sha256(f"{seed} {file[0]}".encode(errors="surrogateescape")).digest()
 
-    parts: dict[Part, list[File]] = {"train": [], "held-out": []}
-    for label, files in enumerate(classes):
-        held_out = max(round(HELD_OUT_SHARE * len(files)), MIN_HELD_OUT)
-        ordered = sorted(files, key=place)
-        parts["held-out"] += [(file, label) for file in ordered[:held_out]]
-        parts["train"] += [(file, label) for file in ordered[held_out:]]
-    return {name: sorted(files, key=lambda file: place(file[0])) for name, files in parts.items()}
+    return sorted(((file, label) for label, files in enumerate(classes) for file in files), key=place)
 
 
 def _store(
-    folder: Path, path: Path, parts: dict[Part, list[File]], size: int
-) -> tuple[list[tuple[str, int, str]], list[tuple[str, str, str]], int]:
-    """Write the pixels; returns the rows of the index, the rejects, and how many pictures have colours."""
-    rows: list[tuple[str, int, str]] = []
+    folder: Path, path: Path, files: Sequence[File], size: int
+) -> tuple[list[File], list[tuple[str, str, str]], int]:
+    """Write the pixels; returns the files whose pixels these are, the rejects, and how many pictures have colours."""
+    kept: list[File] = []
     rejects: list[tuple[str, str, str]] = []
     seen: dict[bytes, int] = {}
     coloured = 0
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-        for part, files in parts.items():
-            for file, label in tqdm(files, desc=f"images, {part}", unit="image", disable=None):
-                if not _is_text(file):  # Parquet holds valid Unicode only
-                    rejects.append((file.encode(errors="replace").decode(), "file name", "not UTF-8"))
-                    continue
-                try:
-                    pixels = np.asarray(square(read_rgb(folder / file, file), size))
-                except BadImage as error:
-                    rejects.append((file, f"picture: {error.reason}", error.detail))
-                    continue
-                first = seen.setdefault(hashlib.sha256(pixels.tobytes()).digest()[:16], len(rows))
-                if first != len(rows):
-                    rejects.append((file, "same picture again", f"as {rows[first][0]}"))
-                    continue
-                _write(stream, pixels, path)
-                rows.append((file, label, part))
-                coloured += _has_colours(pixels)
-    return rows, rejects, coloured
+        for file, label in tqdm(files, desc="images", unit="image", disable=None):
+            if not _is_text(file):  # Parquet holds valid Unicode only
+                rejects.append((file.encode(errors="replace").decode(), "file name", "not UTF-8"))
+                continue
+            try:
+                pixels = np.asarray(square(read_rgb(folder / file, file), size))
+            except BadImage as error:
+                rejects.append((file, f"picture: {error.reason}", error.detail))
+                continue
+            first = seen.setdefault(hashlib.sha256(pixels.tobytes()).digest()[:16], len(kept))
+            if first != len(kept):
+                rejects.append((file, "same picture again", f"as {kept[first][0]}"))
+                continue
+            _write(stream, pixels, path)
+            kept.append((file, label))
+            coloured += _has_colours(pixels)
+    return kept, rejects, coloured
+
+
+def _split(pictures: Sequence[File]) -> list[tuple[str, int, Part]]:
+    """The first ones of each class are held out."""
+    count = Counter(label for _, label in pictures)
+    left = {
+        label: max(round(HELD_OUT_SHARE * number), min(ENOUGH_HELD_OUT, int(LARGEST_SHARE * number)))
+        for label, number in count.items()
+    }
+    rows: list[tuple[str, int, Part]] = []
+    for file, label in pictures:
+        rows.append((file, label, "held-out" if left[label] > 0 else "train"))
+        left[label] -= 1
+    return rows
 
 
 def _write(stream: BinaryIO, pixels: np.ndarray, path: Path) -> None:

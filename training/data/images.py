@@ -21,8 +21,17 @@ from moe_artifacts.errors import InputError
 if TYPE_CHECKING:  # torch takes seconds to import, and a clean-up of tables needs none
     from moe_artifacts.shapes import Preview
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # no others: Pillow would run Ghostscript for EPS
+SUFFIXES = frozenset(".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .avif .ppm .pgm .pbm .pnm".split())
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "TIFF",
+    "GIF",
+    "AVIF",
+    "PPM",
+)  # no others: Pillow would run Ghostscript for EPS
 
 Reason = Literal["missing", "empty", "format", "pixels", "mode", "damaged", "archive"]
 
@@ -47,8 +56,13 @@ class BadImage(InputError):
 
 def image_files(folder: Path) -> list[Path]:
     """The files of a folder and its subfolders that are named like images, sorted; hidden ones are not."""
-    named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path for path in named if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    return [path for path in visible_files(folder) if path.suffix.lower() in SUFFIXES]
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """The files of a folder and its subfolders, sorted; hidden ones are not."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def read_rgb(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_artifacts.embedder import state_sha256
 from moe_artifacts.errors import InputError
 from moe_artifacts.files import sha256_file
 from moe_artifacts.shapes import PerImage, Rows
@@ -71,6 +72,8 @@ class PreviewPairs:
             raise InputError(f"prompt must be indices into the {len(self.prompts)} prompts, got {first} to {last}")
         if not self.log_snr.isfinite().all():
             raise InputError("log_snr must be finite")
+        if self.margin.isinf().any():
+            raise InputError("margin must be finite, or NaN where it is not known, got infinity")
         known = self.label[~self.label.isnan()]
         if not ((known >= 0) & (known <= 1)).all():
             raise InputError(
@@ -79,6 +82,11 @@ class PreviewPairs:
 
     def __len__(self) -> int:
         return len(self.prompt)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these rows from others, as JSON values."""
+        columns = state_sha256({name: getattr(self, name) for name in COLUMNS})
+        return {"pictures": self.facts, "rows": len(self), "columns_sha256": columns}
 
     def batch(self, rows: Rows) -> PairBatch:
         """Some rows, in the order asked for."""

@@ -35,6 +35,7 @@ from moe_artifacts.files import read_json, write_json
 from moe_artifacts.guard.call_settings import check_call
 from moe_artifacts.guard.pipelines import spec_of
 from moe_artifacts.loading import DTYPES, load_pipeline
+from moe_artifacts.trajectory import Trajectory
 from training.judging import Judge, LabelTable, import_function
 from training.own.batches import (
     RUN_NAME,
@@ -55,6 +56,7 @@ from training.workspace import compile_if_possible, progress
 COUNTS = {"train": 3_000, "validation": 300, "calibration": 500, "test": 500}
 # torch's CPU generator looks at the lowest 32 bits of a seed only, so that all splits must fit into these.
 SEEDS_PER_SPLIT = 2**32 // len(SPLITS)
+ONE_SIDED_AFTER = 300  # judged images
 LOOK_AFTER = 50  # images; if every one of them was left out, something is wrong with all
 
 
@@ -157,7 +159,7 @@ def collect(
     root = out if judge is not None else out / UNLABELLED
     mine = batches_of(options)[worker::workers]
     missing = [batch for batch in mine if not batch_folder(root, batch.split, batch.number).exists()]
-    kept, left_out = 0, Counter[str]()
+    kept, left_out, labels = 0, Counter[str](), list[float]()
     with progress(len(mine), len(mine) - len(missing), "collect") as bar:
         for batch in missing:
             recording = recorder(
@@ -167,8 +169,11 @@ def collect(
                 bfloat16=options.autocast and batch.split == "train",
             )
             folder = batch_folder(root, batch.split, batch.number)
-            images, rejects = _write(folder, recording, options, judge, judge_name)
-            kept += images
+            written, rejects = _write(folder, recording, options, judge, judge_name)
+            kept += len(written.prompts)
+            if written.label is not None and len(labels) < ONE_SIDED_AFTER <= len(labels) + len(written.label):
+                _warn_if_one_sided([*labels, *written.label.tolist()])
+            labels += [] if written.label is None else written.label.tolist()
             left_out.update(row["reason"] for row in rejects)
             if not kept and left_out.total() >= LOOK_AFTER:
                 raise InputError(
@@ -180,8 +185,8 @@ def collect(
 
 def _write(
     folder: Path, recording: Recording, options: CollectOptions, judge: Judge | None, judge_name: str
-) -> tuple[int, list[Reject]]:
-    """Judge and write a batch; returns the number of images that it holds, and those left out."""
+) -> tuple[Trajectory, list[Reject]]:
+    """Judge and write a batch; returns what it holds, and the images left out."""
     recorded, split = recording.trajectory, folder.parent.name
     rejects = [reject(split, recorded.seeds[row], recorded.prompts[row], *why) for row, why in recording.wrong.items()]
     rows = torch.tensor([row for row in range(len(recorded.prompts)) if row not in recording.wrong], dtype=torch.int64)
@@ -197,7 +202,18 @@ def _write(
         names = image_names(len(images))
         trajectory = dataclasses.replace(trajectory, meta=trajectory.meta | {"images": names})
     write_batch(folder, trajectory, rejects, images if keeps_images else None)
-    return len(images), rejects
+    return trajectory, rejects
+
+
+def _warn_if_one_sided(labels: Sequence[float]) -> None:
+    """While there is still much to save: nothing can be learned from images that are all alike."""
+    bad = sum(label > 0.5 for label in labels)
+    if bad in (0, len(labels)):
+        print(
+            f"WARNING: the judge finds all of the first {len(labels)} images {'bad' if bad else 'clean'}; if that goes on, nothing "
+            "can be learned from them: let it be more or less strict, or make other images",
+            file=sys.stderr,
+        )
 
 
 def _open(out: Path, told: dict[str, Any]) -> None:
@@ -335,9 +351,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.compile:
             for module in spec_of(pipe).modules(pipe):
                 compile_if_possible(module, logging.getLogger(__name__))
-        # Not the device, nor whether compiled: the images are nearly the same, and a run may well be resumed so.
+        # Not the device: on another one the images are nearly the same, and a run may well be resumed there.
         told = {name: getattr(args, name) for name in ("pipeline", "arguments_for", "dtype", *JUDGE_OPTIONS)}
         told |= {"pipeline_class": type(pipe).__name__, "arguments": defaults | given}
+        told |= {"compile": True} if args.compile else {}  # in 16 bits it rounds otherwise
         collect(
             recorder,
             prompts,

@@ -49,6 +49,8 @@ def small_run(
     count: str,
     classify_steps: int,
     collect: Sequence[str] = (),
+    tune: Sequence[str] = (),
+    calibrate: Sequence[str] = (),
     **options: Any,
 ) -> OwnRun:
     """The stages of a scorer for a pipeline as small as the bundled one, with an image tower as small as its scorer's.
@@ -57,7 +59,7 @@ def small_run(
         out: Folder of the run; the tower's configuration is written there.
         size: Pixels a side of the pipeline's images.
         count: Images of each split, as of training.own.collect.
-        collect: Further arguments of training.own.collect.
+        collect, tune, calibrate: Further arguments of these stages.
         options: Further ones of :class:`training.own.run.OwnRun`.
     """
     model = {**MODEL_CONFIG, "vision_cfg": {**MODEL_CONFIG["vision_cfg"], "image_size": size}}
@@ -72,8 +74,9 @@ def small_run(
         patch=DOWNSAMPLING,
         unit="image",  # the promise is for the prompts of the table, drawn anew for every image
         collect=["--count", count, *COLLECT, *collect],
-        calibrate=["--timed-batch", "48"],  # as many as `moe-artifacts demo` makes: small models are slow on few
-        tune=[*TUNE, "--classify-steps", str(classify_steps)],
+        tune=[*TUNE, "--classify-steps", str(classify_steps), *tune],
+        # As many as `moe-artifacts demo` makes: small models are slow on few.
+        calibrate=["--timed-batch", "48", *calibrate],
         **options,
     )
 
@@ -85,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, choices=SIZES, default=SIZES[0], help="pixels a side (%(default)s)")
     parser.add_argument("--count", default=COUNT, help="images that the pipeline makes (%(default)s)")
     parser.add_argument("--classify-steps", type=int, default=CLASSIFY_STEPS, help="of the scorer (%(default)s)")
-    for name in ("generator", "judges"):
+    for name in ("generator", "judges", "collect", "tune", "train", "calibrate"):
         add_stage_option(parser, name)
     args = parser.parse_args(arguments)
     work: Path = args.out
@@ -100,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size=args.size,
         count=args.count,
         classify_steps=args.classify_steps,
+        **{name: getattr(args, name) for name in ("collect", "tune", "train", "calibrate")},
     )
     try:
         run(own, before)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_artifacts.files import write_json
+from moe_artifacts.files import read_json, write_json
 from moe_artifacts.preview import LinearPreview
 from training.own.prompts import SPLITS
 
@@ -97,20 +97,23 @@ def vae_of(pipeline: str) -> str:
 
 
 def run(own: OwnRun, before: Sequence[tuple[str, list[str]]] = ()) -> None:
-    """All stages; how long each took in this run is written to ``FOLDER/seconds.json``.
+    """All stages; how long each has taken, in all runs so far, is written to ``FOLDER/seconds.json``.
 
     Args:
         before: Stages that make the pipeline itself.
     Raises:
         subprocess.CalledProcessError: If one fails; it has said why.
     """
-    seconds: dict[str, float] = {}
-    for module, arguments in [*before, *own.stages()]:
+    path = own.out / "seconds.json"
+    seconds: dict[str, float] = read_json(path) if path.exists() else {}
+    for number, (module, arguments) in enumerate([*before, *own.stages()]):
         print(f"\n$ python -m {module} {shlex.join(arguments)}", flush=True)
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", module, *arguments], check=True)
-        seconds[f"{module} {len(seconds)}"] = time.perf_counter() - start
-        write_json(own.out / "seconds.json", seconds)
+        start, name = time.perf_counter(), f"{module} {number}"
+        try:
+            subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            write_json(path, seconds)
     print(f"\n{sum(seconds.values()) / 60:.0f} minutes; {own.out / 'scorer'} is the scorer")
 
 
