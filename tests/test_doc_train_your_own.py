@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusiondb_fixture import write_diffusiondb
 from PIL import Image
+from transformers import CLIPTextModelWithProjection
 
 from moe_artifacts import ArtifactGuard, ArtifactScorer, bundled_pipeline
 from moe_artifacts.bundled import FOLDER
@@ -58,8 +61,42 @@ def say(folder: Path) -> None:
         table.put(image, ARTIFACT if mean < np.quantile(light, 0.4) else CLEAN)
 
 
+def small_sdxl() -> StableDiffusionXLPipeline:
+    """With random weights, and both text encoders."""
+    parts = tiny.stable_diffusion()
+    encoder = CLIPTextModelWithProjection(parts.text_encoder.config).eval()
+    width = parts.text_encoder.config.hidden_size
+    unet = UNet2DConditionModel.from_config(
+        {
+            **{key: value for key, value in parts.unet.config.items() if not key.startswith("_")},
+            "cross_attention_dim": 2 * width,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + encoder.config.projection_dim,
+        }
+    )
+    pipe = StableDiffusionXLPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        text_encoder_2=encoder,
+        tokenizer=parts.tokenizer,
+        tokenizer_2=parts.tokenizer,
+        unet=unet.eval(),
+        scheduler=parts.scheduler,
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.mark.slow
-def test_the_road_from_a_pipeline(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["fashion", "sdxl"])
+def test_the_road_from_a_pipeline(tmp_path: Path, kind: str) -> None:
+    if kind == "fashion":
+        name, (pipe, _) = kind, bundled_pipeline(kind)
+    else:
+        name, pipe = str(tmp_path / "pipeline"), small_sdxl()
+        pipe.save_pretrained(name)
     described = [prompt for label in range(10) for prompt in prompts_of(label, "all")]
     # Enough for the promise of the page: a prompt is seen once.
     prompts = [
@@ -68,7 +105,7 @@ def test_the_road_from_a_pipeline(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     (tmp_path / "model.json").write_text(json.dumps(MODEL_CONFIG), encoding="utf-8")
     values = {
-        "PIPELINE": "fashion",
+        "PIPELINE": name,
         "PROMPTS": "prompts.txt",
         "WORK": "work",
         "COUNT": "train=120,validation=60,calibration=400,test=60",
@@ -77,7 +114,7 @@ def test_the_road_from_a_pipeline(tmp_path: Path) -> None:
         "IMAGES": "work/trajectories/unlabelled/validation",
         "MODEL": "model.json",
         "TUNE": TUNE,
-        "SIZE": "32",
+        "SIZE": str(pipe(["a coat"], num_inference_steps=1, output_type="pt").images.shape[-1]),
         "ON": "--device cpu",
     }
     (_, variables), *rest = blocks("From trajectories of the pipeline")
@@ -85,7 +122,8 @@ def test_the_road_from_a_pipeline(tmp_path: Path) -> None:
     scripts = [text for kind, text in rest if kind == "sh"]
     assert len(scripts) == 5
     for script in scripts:
-        script = script.replace("--vae $PIPELINE", f"--vae {FOLDER / 'fashion' / 'pipeline'}")
+        if kind == "fashion":
+            script = script.replace("--vae $PIPELINE", f"--vae {FOLDER / 'fashion' / 'pipeline'}")
         script = script.replace("--dtype float16", "--dtype float32")
         if "moe-artifacts label" in script:  # what a person does at the terminal
             script = re.sub(r"^moe-artifacts label .*\n", "", script)
@@ -97,7 +135,6 @@ def test_the_road_from_a_pipeline(tmp_path: Path) -> None:
 
     [(_, guard)] = [block for block in rest if block[0] == "python"]
     code = re.sub(r"^pipe = .*$", "", guard, flags=re.MULTILINE).replace("steps=30, guidance_scale=7.5", "steps=8")
-    pipe, _ = bundled_pipeline("fashion")
     names = {"WORK": str(tmp_path / "work"), "pipe": pipe}
     exec(compile(code, "train-your-own.md", "exec"), names)
     assert len(names["out"].verdicts) == 4
