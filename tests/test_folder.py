@@ -18,7 +18,7 @@ from PIL import Image
 
 from moe_artifacts.errors import InputError
 from moe_artifacts.judge import class_in
-from training.data.class_images import ClassImages, fashion_classes
+from training.data.class_images import ClassImages, EvenClasses, fashion_classes
 from training.data.class_prompts import (
     TEMPLATES,
     class_name,
@@ -232,6 +232,24 @@ def test_a_full_disk_is_an_error_of_ours(images: Path, tmp_path: Path, monkeypat
     with pytest.raises(InputError, match="No space left on device"):
         folder_classes(images, tmp_path)
     assert not (tmp_path / "pictures.bin").exists() and not (tmp_path / "index.parquet").exists()
+
+
+def test_classes_are_drawn_alike_however_many_pictures_they_have() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 6 + [2] * 300 + [5] * 60)[torch.randperm(366, generator=generator)]
+    rows = EvenClasses(labels).draw(9_000, generator)
+    drawn = labels[rows].bincount()
+    assert drawn[[0, 2, 5]].sum() == 9_000 and (drawn[[0, 2, 5]] - 3_000).abs().max() < 200  # 4 standard errors: 180
+    of_pictures = rows.bincount(minlength=366).float()
+    for label in (0, 2, 5):  # and the pictures of a class alike
+        mine = of_pictures[labels == label]
+        assert (mine - mine.mean()).abs().max() < 5 * mine.mean().sqrt()
+    even = torch.tensor([1, 0, 1, 0])
+    drawn = [
+        EvenClasses(even).draw(9, torch.Generator().manual_seed(1)),
+        torch.randint(4, (9,), generator=torch.Generator().manual_seed(1)),
+    ]
+    assert drawn[0].equal(drawn[1])  # the bundled pipeline stays the same
 
 
 def test_fashion_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

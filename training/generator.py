@@ -35,7 +35,7 @@ from moe_artifacts.errors import ConfigError, MoeArtifactsError
 from moe_artifacts.files import atomic_path, read_json, write_json
 from moe_artifacts.loading import checked_device
 from moe_artifacts.shapes import Preview
-from training.data.class_images import ClassImages, fashion_classes
+from training.data.class_images import ClassImages, EvenClasses, fashion_classes
 from training.data.class_prompts import TEMPLATES, clear_templates, fill, prompts_table, read_templates
 from training.data.columns import write_table
 from training.data.fashion import LabelledImages, to_rgb
@@ -202,14 +202,14 @@ def train_denoiser(
     optimizer = torch.optim.AdamW(both.parameters(), lr=recipe.denoiser_lr, weight_decay=1e-2, betas=(0.9, 0.99))
     modules: dict[str, nn.Module] = {"both": both, "ema": ema}
     start = load_state(stage.folder / "state.safetensors", modules, optimizer)
-    alphas_cumprod = build_scheduler().alphas_cumprod
+    alphas_cumprod, sampler = build_scheduler().alphas_cumprod, EvenClasses(data.labels)
     running = None
     with progress(recipe.denoiser_steps, start, "denoiser") as bar:
         for step in range(start, recipe.denoiser_steps):
             generator = step_generator(recipe.seed + 1, step)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.denoiser_lr * _warm_cosine(step, recipe.denoiser_steps, warmup=300)
-            rows = torch.randint(len(latents), (recipe.denoiser_batch,), generator=generator)
+            rows = sampler.draw(recipe.denoiser_batch, generator)
             x0, labels = latents[rows], data.labels[rows]
             input_ids = tokens[labels, torch.randint(tokens.shape[1], (len(rows),), generator=generator)]
             dropped = torch.rand(len(rows), generator=generator) < recipe.prompt_dropout
