@@ -28,7 +28,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 test: setup
 	$(BIN)/python -m pytest -q
 
-test-slow: setup
+test-slow: setup ## with Ray, which nothing else needs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[scale]'
 	$(BIN)/python -m pytest -q -m slow
 
 check: fmt-check lint types shapes test ## what CI runs
