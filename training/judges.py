@@ -190,12 +190,12 @@ def build_judge(recipe: JudgeRecipe, data: ClassImages, stage: Stage) -> tuple[M
 
 
 def _enough_references(order: Tensor, labels: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """A third of the rows, and as many more of each small class as make it ``least``; and the rest of the rows."""
+    """A third of the rows, and more of each small class until it has ``least`` or half of its rows; and the rest of the rows."""
     first, rest = order[: len(order) // 3], order[len(order) // 3 :]
-    count = torch.bincount(labels[first], minlength=int(labels.max()) + 1)
+    missing = (labels.bincount() // 2).clamp(max=least) - labels[first].bincount(minlength=int(labels.max()) + 1)
     more = torch.zeros(len(rest), dtype=torch.bool)
-    for label in (count < least).nonzero().flatten().tolist():
-        more[(labels[rest] == label).nonzero().flatten()[: least - int(count[label])]] = True
+    for label in (missing > 0).nonzero().flatten().tolist():
+        more[(labels[rest] == label).nonzero().flatten()[: int(missing[label])]] = True
     return torch.cat([first, rest[more]]), rest[~more]
 
 
