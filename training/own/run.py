@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def vae_of(pipeline: str) -> str:
 
 
 def run(own: OwnRun, before: Sequence[tuple[str, list[str]]] = ()) -> None:
-    """All stages; how long each has taken, in all runs so far, is written to ``FOLDER/seconds.json``.
+    """All stages; how long each has taken, in all runs so far, is written to ``FOLDER/seconds.json``, but for what a kill -9 cut off.
 
     Args:
         before: Stages that make the pipeline itself.
@@ -106,9 +107,11 @@ def run(own: OwnRun, before: Sequence[tuple[str, list[str]]] = ()) -> None:
     """
     path = own.out / "seconds.json"
     seconds: dict[str, float] = read_json(path) if path.exists() else {}
-    for number, (module, arguments) in enumerate([*before, *own.stages()]):
+    times = Counter[str]()  # not the place among all: a resumed run leaves out the preview that it has
+    for module, arguments in [*before, *own.stages()]:
         print(f"\n$ python -m {module} {shlex.join(arguments)}", flush=True)
-        start, name = time.perf_counter(), f"{module} {number}"
+        times[module] += 1
+        start, name = time.perf_counter(), f"{module} {times[module]}"
         try:
             subprocess.run([sys.executable, "-m", module, *arguments], check=True)
         finally:
