@@ -21,6 +21,7 @@ PAGES = (
     ROOT / "README.md",
     DOCS / "rewards.md",
     DOCS / "ablation.md",
+    DOCS / "ceiling.md",
     DOCS / "train-your-own.md",
     DOCS / "decisions" / "0010-the-judge.md",
 )
@@ -89,6 +90,40 @@ def transfer() -> str:
             percent(row["recall"]),
         ]
         for row in rows_of("fashion_transfer")
+    ]
+    return markdown(header, rows)
+
+
+def headroom() -> str:
+    """Share of what perfect knowledge would save, by what is known after the first check and by the limit on false aborts."""
+    rows = rows_of("headroom")
+    limits = list(dict.fromkeys(row["max_false_aborts"] for row in rows))
+    cells = {(row["knowledge"], row["max_false_aborts"]): row for row in rows}
+    header = ["known", *(f"false aborts at most {limit:.0%}" for limit in limits)]
+    names = dict.fromkeys(row["knowledge"] for row in rows)
+    return markdown(
+        header,
+        [[name, *(interval(cells[name, limit], "share_of_perfect", whole) for limit in limits)] for name in names],
+    )
+
+
+def whole(value: float) -> str:
+    """A fraction as a percentage without decimals."""
+    return f"{value:.0%}"
+
+
+def twins() -> str:
+    """What the first half of a run decides, and what the scorer sees of it."""
+    header = ["scheduler", "steps", "artifacts", "AUROC of the twins", "AUROC of the scorer"]
+    rows = [
+        [
+            row["scheduler"],
+            str(row["steps"]),
+            percent(row["bad_rate"]),
+            interval(row, "auroc_twins", three),
+            interval(row, "auroc_within", three),
+        ]
+        for row in rows_of("twins")
     ]
     return markdown(header, rows)
 
@@ -191,7 +226,19 @@ def spread(row: Row) -> str:
 TABLES = (
     {
         table.__name__: table
-        for table in (quality, rules, mixture, transfer, guidance, savings, overhead, judge_features, training_scale)
+        for table in (
+            quality,
+            rules,
+            headroom,
+            mixture,
+            transfer,
+            twins,
+            guidance,
+            savings,
+            overhead,
+            judge_features,
+            training_scale,
+        )
     }
     | reward_tables.TABLES
     | ablation_page.TABLES

@@ -35,6 +35,16 @@ def is_bundled(name: str) -> bool:
     return name.isidentifier() and (FOLDER / name / "pipeline").is_dir()
 
 
+def require_pipeline(name: str) -> None:
+    """Refuse a name that can be no pipeline's, before anything is read or fetched.
+
+    Raises:
+        CheckpointError: If it is neither bundled, nor a folder, nor of the form of a Hub id.
+    """
+    if not is_bundled(name) and not (name and Path(name).is_dir()) and not HUB_ID.fullmatch(name):
+        raise CheckpointError(f"no pipeline {name!r}: it is neither bundled, nor a folder, nor a Hub id (owner/name)")
+
+
 def load_pipeline(
     name: str, dtype: torch.dtype = torch.float32, device: str | None = None
 ) -> tuple[Any, dict[str, Any]]:
@@ -47,16 +57,13 @@ def load_pipeline(
         CheckpointError: If there is none, or it cannot be read.
         InputError: If there is no such device.
     """
+    require_pipeline(name)
     place = checked_device(device)
     defaults: dict[str, Any] = {}
     if is_bundled(name):
         pipe, defaults = bundled_pipeline(name)
         pipe = pipe if pipe.dtype == dtype else pipe.to(dtype=dtype)
     else:
-        if not (name and Path(name).is_dir()) and not HUB_ID.fullmatch(name):
-            raise CheckpointError(
-                f"no pipeline {name!r}: it is neither bundled, nor a folder, nor a Hub id (owner/name)"
-            )
         from diffusers import DiffusionPipeline
 
         try:

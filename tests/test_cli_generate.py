@@ -125,4 +125,13 @@ def test_files_without_prompts_and_folders_without_a_pipeline_are_refused(tmp_pa
     out = ["--out", tmp_path / "run"]
     assert "at least one prompt, one a line" in refused("generate", "--prompts", tmp_path / "empty.txt", *out)
     assert "in UTF-8" in refused("generate", "--prompts", tmp_path / "latin.txt", *out)
-    assert "cannot be read" in refused("generate", "--prompt", "a bag", "--pipeline", tmp_path, *out)
+    assert "cannot be read" in refused(
+        "generate", "--prompt", "a bag", "--pipeline", tmp_path, "--scorer", "fashion", *out
+    )
+
+
+def test_a_missing_scorer_is_said_before_the_pipeline_is_read_which_may_have_to_be_fetched(tmp_path):
+    (tmp_path / "pipeline").mkdir()  # reading it would fail
+    arguments = ["--prompt", "a bag", "--pipeline", tmp_path / "pipeline", "--out", tmp_path / "run"]
+    assert "--scorer is needed" in refused("generate", *arguments)
+    assert "no-scorer" in refused("generate", *arguments, "--scorer", tmp_path / "no-scorer")

@@ -54,21 +54,21 @@ def generate(
 
         from moe_artifacts.guard.generate import generate_clean
         from moe_artifacts.guard.guard import ArtifactGuard
-        from moe_artifacts.loading import is_bundled, load_pipeline
+        from moe_artifacts.loading import is_bundled, load_pipeline, require_pipeline
         from moe_artifacts.scorer import ArtifactScorer
 
-        no_loading_bars()
-        pipe, call = load_pipeline(pipeline, getattr(torch, dtype), device)
+        require_pipeline(pipeline)
         if scorer is None and not is_bundled(pipeline):
             raise InputError(f"--scorer is needed: the pipeline {pipeline!r} is not bundled, so none belongs to it")
+        no_loading_bars()
+        loaded = ArtifactScorer.from_pretrained(scorer or pipeline)  # first: it is small, the pipeline may be huge
+        pipe, call = load_pipeline(pipeline, getattr(torch, dtype), device)
         given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         run = generate_clean(
             pipe,
             texts,
             images_per_prompt,
-            guard=ArtifactGuard(
-                ArtifactScorer.from_pretrained(scorer or pipeline).to(pipe.device), on_abort, audit_rate=audit_rate
-            ),
+            guard=ArtifactGuard(loaded.to(pipe.device), on_abort, audit_rate=audit_rate),
             batch_size=batch_size,
             seed=seed,
             max_attempts=max_attempts,
