@@ -1,10 +1,11 @@
 """Where the rest of the saving is lost: in the limit on false aborts, in looking early, or in what the judges themselves dispute.
 
 ``python -m benchmarks.headroom`` writes ``benchmarks/results/headroom.json``. Perfect knowledge after the first of the steps that the
-evaluation reports on aborts exactly the bad images, there. Between that and the bundled scorer stand, at the same price of a check:
+evaluation reports on aborts exactly the bad images, there. Between that and the bundled scorer stand, at the price of a check that the rules
+were chosen with:
 
-* ``second judge``: the margin of the other judge, trained apart, on the finished image, known at that step already. No scorer can be
-  expected to know the first judge's verdicts better.
+* ``second judge``: the margin of the other judge, trained apart, on the finished image, known at that step already: how
+  well another judge of the same kind knows the verdicts.
 * ``finished image``: the scorer's own posterior of the finished image, known at that step already: what is lost by looking late is not
   lost here.
 * ``scorer``: what there is, by the economic rule.
@@ -25,13 +26,12 @@ from benchmarks.results import write_results
 from moe_artifacts.calibration.economic import fit_boundary
 from moe_artifacts.policy import Run, cheapest_threshold, perfect
 from moe_artifacts.scorer import ArtifactScorer
-from training.collect import DEFAULT, load_pipeline
+from training.collect import DEFAULT
 from training.evaluate import BY_NAME
 from training.figures import Row, rule_row
 from training.rules import Paths
 from training.scored import Scored, ensure_split, score_recorded
-from training.tables import FIRST_CHECK_SHARE
-from training.timing import check_cost
+from training.tables import FIRST_CHECK_SHARE, shipped_rules
 
 SEED = 0
 LIMITS = (0.01, 0.02, 0.05, 0.10, 0.20)
@@ -105,7 +105,7 @@ def main() -> None:
     recorded = ensure_split(BY_NAME["test"])
     test = score_recorded(scorer, recorded, DEFAULT)
     held_out = score_recorded(scorer, ensure_split(BY_NAME["calibration"]), DEFAULT)
-    rows = headroom(test, recorded.margin_second.numpy(), held_out, check_cost(load_pipeline(), scorer))
+    rows = headroom(test, recorded.margin_second.numpy(), held_out, shipped_rules()["check_cost"])
     write_results("headroom", rows, seed=SEED, out=args.out)
 
 
