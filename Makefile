@@ -53,6 +53,8 @@ shapes: setup
 bench: setup ## every table on the bundled pipeline
 	$(BIN)/python -m training.evaluate
 	$(BIN)/python -m training.evaluate --steps 12,25,50 --schedulers ddim,dpm,euler-a,unipc
+	$(BIN)/python -m benchmarks.headroom
+	$(BIN)/python -m benchmarks.twins --schedulers euler-a
 	$(BIN)/python -m benchmarks.compatibility --pipeline fashion
 	$(BIN)/python -m benchmarks.compatibility
 	$(BIN)/python -m benchmarks.compatibility --docs docs/compatibility.md
