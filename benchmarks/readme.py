@@ -112,6 +112,17 @@ def whole(value: float) -> str:
     return f"{value:.0%}"
 
 
+def tuning() -> str:
+    """AUROC within class on validation while CLIP was tuned for the classification, by the share of the steps done."""
+    steps = (6, 11, 16, 24, 49)  # of 50, counted from 0
+    rows = [
+        [f"{row['step']:,}", *(three(row[f"auroc_{step}"]) for step in steps)]
+        for row in rows_of("fashion_training", table="clip-finetune")
+        if row["step"] % 1000 == 0
+    ]
+    return markdown(["tuned for", *(f"after {step + 1} of 50 steps" for step in steps)], rows)
+
+
 def twins() -> str:
     """What the first half of a run decides, and what the scorer sees of it."""
     header = ["scheduler", "steps", "artifacts", "AUROC of the twins", "AUROC of the scorer"]
@@ -230,6 +241,7 @@ TABLES = (
             quality,
             rules,
             headroom,
+            tuning,
             mixture,
             transfer,
             twins,
