@@ -96,9 +96,12 @@ def test_the_penalty_is_the_mean_square_of_the_weights_of_delta() -> None:
 def test_the_shared_head_is_told_the_log_snr_and_clamps_it() -> None:
     experts = make_experts()
     features, no_gate = torch.ones(4, FEATURES), torch.zeros(4, EXPERTS)
-    logit, _ = experts(features, torch.tensor([-math.inf, -6.0, 8.0, math.inf]), no_gate)
-    assert logit[0] == logit[1] and logit[2] == logit[3]
-    assert (logit[1] - logit[2]).abs() > 0.01
+    with torch.no_grad():
+        logit, _ = experts(features, torch.tensor([-math.inf, -6.0, 8.0, math.inf]), no_gate)
+    below, lowest, highest, above = logit.tolist()
+    # Nearly: some processors round the same row in another way at another place of a batch.
+    assert below == pytest.approx(lowest, rel=1e-5) and above == pytest.approx(highest, rel=1e-5)
+    assert abs(lowest - highest) > 0.01
 
 
 def test_the_noise_level_scales_and_shifts_a_layer() -> None:
