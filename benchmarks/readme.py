@@ -12,8 +12,9 @@ from pathlib import Path
 
 from benchmarks import reward_tables
 from benchmarks.ablation import page as ablation_page
+from benchmarks.results import RESULTS
 from benchmarks.tables import Row, interval, markdown, percent, rows_of, three
-from moe_artifacts.files import atomic_path
+from moe_artifacts.files import atomic_path, read_json
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -178,19 +179,22 @@ def judge_features() -> str:
 
 
 def savings() -> str:
-    """Prices measured in one run for each batch size that was tried."""
-    rows = [row for name in ("savings_batch24", "savings", "savings_batch96") for row in rows_of(name)]
-    return markdown(
-        ["batch", "scoring, of denoising time", "steps saved", "wall clock per clean image"],
-        [
+    """Prices measured in one run for each batch size and processor that was tried."""
+    rows = []
+    for name in ("savings_batch24", "savings", "savings_batch96", "savings_epyc"):
+        processor = read_json(RESULTS / f"{name}.json")["hardware"].partition(",")[0]
+        rows += [
             [
                 str(row["batch"]),
+                processor.replace("(R)", ""),
                 percent(row["scoring_share"]),
                 percent(row["steps_saved"]),
                 interval(row, "wall_clock_per_clean", percent),
             ]
-            for row in rows
-        ],
+            for row in rows_of(name)
+        ]
+    return markdown(
+        ["batch", "processor", "scoring, of denoising time", "steps saved", "wall clock per clean image"], rows
     )
 
 
