@@ -133,12 +133,12 @@ def test_gradients_add_to_those_that_are_there() -> None:
     for model in (once, twice, twice):
         cached_backward(embed_with(model), batches, scaled_clip_loss(model))
     doubled = {k: 2 * v for k, v in gradients(once).items()}
-    assert relative_difference(gradients(twice), doubled) <= 1e-5
+    assert relative_difference(gradients(twice), doubled) <= 1e-6
 
 
 @pytest.mark.parametrize("frozen", ["visual", "text", "both"])
 def test_frozen_towers_are_left_alone_and_the_rest_is_as_before(frozen: str) -> None:
-    free, model = small_clip(), small_clip()
+    free, model = small_clip().double(), small_clip().double()  # processors round float32 differently
     batches = micro_batches(some_pairs(6), [4, 2])
     for name, parameter in model.named_parameters():
         is_visual = name.startswith("clip.visual")
@@ -150,7 +150,7 @@ def test_frozen_towers_are_left_alone_and_the_rest_is_as_before(frozen: str) -> 
     found = gradients(model)
     assert "clip.logit_scale" in found
     assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert relative_difference(found, {k: v for k, v in gradients(free).items() if k in found}) <= 1e-5
+    assert relative_difference(found, {k: v for k, v in gradients(free).items() if k in found}) <= 1e-12
 
 
 def test_dropped_patches_are_the_same_in_both_runs_and_the_random_numbers_go_on_after_them() -> None:
