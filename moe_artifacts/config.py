@@ -107,13 +107,20 @@ class EmbedderConfig:
     model: str
     embed_dim: int  # width of the embedding, e.g. 512 for ViT-B-32
     model_config: dict[str, Any] | None = None
-    pretrained: str | None = None  # open_clip's pretrained tag; None: the weights are in the checkpoint
+    pretrained: str | None = (
+        None  # open_clip's pretrained tag; None: the weights are in the checkpoint, or of the Hub id
+    )
     weights_sha256: str | None = None  # of the weights the scorer was trained with
 
     def __post_init__(self) -> None:
         _require_width("embedder.embed_dim", self.embed_dim)
         custom = self.model == "custom"
         _require(custom == (self.model_config is not None), 'embedder.model_config belongs to model="custom", only')
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the weights come from where ``model`` and ``pretrained`` say; else they are in the checkpoint."""
+        return self.pretrained is not None or self.model.startswith("hf-hub:")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

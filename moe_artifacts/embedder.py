@@ -76,7 +76,8 @@ class ClipEmbedder(nn.Module):
         ViT-B/32 on a CPU with AVX-512 bf16 (benchmarks/overhead.py).
 
         Returns:
-            Float32 of length 1. A row that is not finite gives a row that is not finite, its neighbours are untouched.
+            Float32 of length 1, on the device of the model. A row that is not finite gives a row that is not finite, its
+            neighbours are untouched.
         Raises:
             InputError: If ``preview`` is neither float nor uint8, or not of shape (batch, 3, height, width).
         """
@@ -84,16 +85,16 @@ class ClipEmbedder(nn.Module):
             raise InputError(f"preview must be (batch, 3, height, width), got shape {tuple(preview.shape)}")
         if not preview.is_floating_point() and preview.dtype != torch.uint8:
             raise InputError(f"preview must be float, in [0, 1], or uint8, got {preview.dtype}")
-        pixels, white = preview.float(), 1.0 if preview.is_floating_point() else 255.0
+        weight = next(self.clip.visual.parameters())
+        pixels, white = preview.to(weight.device).float(), 1.0 if preview.is_floating_point() else 255.0
         if len(pixels) == 0:
             return pixels.new_zeros(0, self.config.embed_dim)  # torch does not resize an empty batch
         pixels = resize_and_crop(pixels, self._preprocess_config, white)
         mean, std = (tuple(self._preprocess_config[name]) for name in ("mean", "std"))
         shift, scale = _normalisation(mean, std, white, tuple(pixels.shape[1:]), pixels.device)
-        precision = next(self.clip.visual.parameters()).dtype
         # In one pass over the pixels; in place where they are a copy of bytes.
         pixels = torch.addcmul(shift, pixels, scale, out=None if preview.is_floating_point() else pixels)
-        features = self.clip.encode_image(pixels.to(precision))
+        features = self.clip.encode_image(pixels.to(weight.dtype))
         return F.normalize(features.float(), dim=-1)
 
     def embed_texts(self, prompts: list[str]) -> Embedding:
@@ -140,6 +141,21 @@ class ClipEmbedder(nn.Module):
                 f"the scorer was trained on CLIP weights with SHA-256 {expected}, but {self.config.model} "
                 f"has {found}; its scores would mean nothing"
             )
+
+
+def require_offline(config: EmbedderConfig) -> None:
+    """open_clip has no option that keeps it off the network.
+
+    Raises:
+        ConfigError: Unless the Hub is switched off for the whole process.
+    """
+    from huggingface_hub import is_offline_mode
+
+    if not is_offline_mode():
+        raise ConfigError(
+            f"local_files_only: open_clip would look for {config.model} ({config.pretrained}) in the network; set "
+            "HF_HUB_OFFLINE=1 in the environment before Python starts, and it takes the weights from the cache"
+        )
 
 
 def resize_and_crop(preview: Preview, preprocess_config: Mapping[str, Any], white: float = 1.0) -> TowerInput:

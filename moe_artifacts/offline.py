@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from moe_artifacts.accumulator import Accumulated
-from moe_artifacts.config import ThresholdConfig
+from moe_artifacts.config import ScorerConfig
 from moe_artifacts.decision import decide
 from moe_artifacts.embedder import state_sha256
 from moe_artifacts.errors import InputError
 from moe_artifacts.files import atomic_path, read_json
+from moe_artifacts.noise import progress
 from moe_artifacts.scorer import ArtifactScorer
 from moe_artifacts.trajectory import Trajectory, join_trajectories
 from moe_artifacts.trajectory_files import LATENTS_NAME, META_NAME, iter_trajectories, trajectory_folders
@@ -66,12 +67,12 @@ def score_folders(
             if keep_latents:
                 with atomic_path(target / LATENTS_NAME) as temporary:
                     shutil.copyfile(source / LATENTS_NAME, temporary)
-        yield summarise(target, scored, scorer.config.threshold, resumed)
+        yield summarise(target, scored, scorer.config, resumed)
 
 
-def summarise(folder: Path, scored: Trajectory, rule: ThresholdConfig | None, resumed: bool = False) -> FolderSummary:
-    """Count what the rule would do with the images of a scored trajectory."""
-    scores = scored.scores
+def summarise(folder: Path, scored: Trajectory, config: ScorerConfig, resumed: bool = False) -> FolderSummary:
+    """Count what the scorer's rule would do with the images of a scored trajectory."""
+    scores, rule = scored.scores, config.threshold
     finite = torch.stack([scores[name] for name in ("artifact_prob", "exit_cdf")]).isfinite().all(dim=0).all(dim=-1)
     prob, cdf = scores["artifact_prob"][finite], scores["exit_cdf"][finite]
     aborted = rejected = None
@@ -83,7 +84,7 @@ def summarise(folder: Path, scored: Trajectory, rule: ThresholdConfig | None, re
             cumulative_artifact_prob=scores["cumulative_artifact_prob"][finite],
             cumulative_clean_prob=scores["cumulative_clean_prob"][finite],
         )
-        where = decide(rule, prob, accumulated).abort_step.tolist()
+        where = decide(rule, prob, accumulated, progress(scored.log_snr, config.log_snr_range)).abort_step.tolist()
         stops = [scored.step[k] for k in where if k < len(scored.step)]
         rejected = stops.count(scored.num_steps - 1)
         aborted = len(stops) - rejected

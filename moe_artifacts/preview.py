@@ -59,14 +59,16 @@ class LinearPreview(nn.Module):
         self.factors = nn.Conv2d(channels, 3 * patch * patch, kernel_size=1)
 
     def forward(self, latents: Latents) -> Preview:
-        """Preview of ``latents`` as the scheduler holds them; float32. The gradient is zero where a colour is clipped.
+        """Preview of ``latents`` as the scheduler holds them; float32, on the device of the factors.
+
+        The gradient is zero where a colour is clipped.
 
         Raises:
             InputError: If ``latents`` is not a float tensor of rank 4.
             LatentSpaceError: If it has another number of channels.
         """
         _check_latents(latents, self.channels)
-        patches = self.factors(latents.to(self.factors.weight.dtype)).float()
+        patches = self.factors(latents.to(self.factors.weight)).float()
         size = {"rgb": 3, "patch_h": self.patch, "patch_w": self.patch}
         image = rearrange(patches, "b (rgb patch_h patch_w) h w -> b rgb (h patch_h) (w patch_w)", **size)
         return (0.5 + 0.5 * image).clamp(0, 1)
@@ -191,11 +193,22 @@ class _DecoderPreview(nn.Module):
             LatentSpaceError: If it has another number of channels.
         """
         _check_latents(latents, self.channels)
-        raw = raw_latents(latents, self.space).to(self.autoencoder.dtype)
-        image = self.autoencoder.decode(raw, return_dict=False)[0]
+        image = self._decode(raw_latents(latents, self.space))
         if image.ndim == 5:
             image = image[:, :, 0]  # a video of one frame
         return (0.5 + 0.5 * image.float()).clamp(0, 1)
+
+    def _decode(self, raw: Tensor) -> Tensor:
+        vae = self.autoencoder
+        if getattr(vae, "_hf_hook", None) is None:  # offloaded ones come to the latents by themselves
+            raw = raw.to(vae.device)
+        if vae.dtype != torch.float16 or not vae.config.get("force_upcast", False):
+            return vae.decode(raw.to(vae.dtype), return_dict=False)[0]
+        vae.to(torch.float32)  # SDXL's overflows in float16; its pipeline decodes the finished image in this way too
+        try:
+            return vae.decode(raw.float(), return_dict=False)[0]
+        finally:
+            vae.to(torch.float16)
 
 
 class TinyPreview(_DecoderPreview):

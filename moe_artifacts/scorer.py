@@ -25,15 +25,17 @@ from moe_artifacts.accumulator import Accumulator, ExitHead, accumulate, step_ma
 from moe_artifacts.calibration import Calibration
 from moe_artifacts.checkpoint import load_checkpoint, load_state_strict, save_checkpoint
 from moe_artifacts.config import FeatureConfig, ScorerConfig
-from moe_artifacts.embedder import ClipEmbedder
+from moe_artifacts.embedder import ClipEmbedder, require_offline, state_sha256
 from moe_artifacts.errors import ConfigError, InputError, LatentSpaceError
 from moe_artifacts.experts import Experts
 from moe_artifacts.gate import Gate
 from moe_artifacts.noise import progress
 from moe_artifacts.preview import LinearPreview
-from moe_artifacts.shapes import Embedding, GateWeights, Latents, PerImage, RowMask, Rows, State, StepProbs
+from moe_artifacts.shapes import Embedding, GateWeights, Latents, PerImage, RowMask, Rows, State, StepLatents, StepProbs
 from moe_artifacts.trajectory import Trajectory
 
+CLIP_WEIGHTS = "embedder.clip."  # how their names begin in a checkpoint
+PREVIEWS_AT_ONCE = 256  # a full VAE decodes them one batch at a time
 SMALLEST_STRIDE = 0.02  # progress: two checks closer than this would blow up the change per unit of progress
 
 
@@ -80,9 +82,10 @@ class ArtifactScorer(nn.Module):
     Args:
         preview: Needed where ``config.preview.kind`` is "tiny" or "vae": a ``TinyPreview`` or ``VaePreview`` around an
             autoencoder of the user's own, whose weights are not part of the checkpoint.
+        cache_dir: For CLIP weights that the config names by an open_clip tag or a Hub id.
     """
 
-    def __init__(self, config: ScorerConfig, preview: nn.Module | None = None) -> None:
+    def __init__(self, config: ScorerConfig, preview: nn.Module | None = None, cache_dir: str | None = None) -> None:
         super().__init__()
         self.config = config
         linear = config.preview.kind == "linear"
@@ -96,7 +99,7 @@ class ArtifactScorer(nn.Module):
                 )
             )
         self.preview = preview or LinearPreview(config.preview.channels, config.preview.patch)
-        self.embedder = ClipEmbedder(config.embedder)
+        self.embedder = ClipEmbedder(config.embedder, cache_dir)
         self.gate = Gate(config.gate)
         self.experts = Experts(config.experts)
         self.exit_head = ExitHead(config.exit_head)
@@ -113,14 +116,23 @@ class ArtifactScorer(nn.Module):
         cache_dir: str | None = None,
         local_files_only: bool = False,
     ) -> ArtifactScorer:
-        """Load a bundled scorer (``"fashion"``), a folder, or a Hub id (``"owner/name"``; the only one that uses the network).
+        """Load a bundled scorer (``"fashion"``), a folder, or a Hub id (``"owner/name"``).
 
+        The network is used for a Hub id only, and for CLIP weights that the config does not hold but names, by an open_clip
+        tag or a Hub id.
+
+        Args:
+            cache_dir: Of the Hub, for both.
+            local_files_only: Take both from the cache, or fail.
         Raises:
             CheckpointError: If files are missing, damaged or hold NaN, or weights and config do not fit together.
-            ConfigError: If the config is of another format or has values out of range.
+            ConfigError: If the config is of another format or has values out of range; or if CLIP weights are named, and
+                open_clip would look for them in the network in spite of ``local_files_only``.
         """
         config, state = load_checkpoint(name_or_path, revision, cache_dir, local_files_only)
-        scorer = cls(config, preview)
+        if local_files_only and config.embedder.is_named:
+            require_offline(config.embedder)
+        scorer = cls(config, preview, cache_dir)
         load_state_strict(scorer, {**scorer._foreign_state(), **state}, os.fspath(name_or_path))
         scorer.embedder.verify_weights()
         return scorer.eval().requires_grad_(False)
@@ -131,12 +143,18 @@ class ArtifactScorer(nn.Module):
         state = {
             k: v.to(dtype) if v.is_floating_point() else v for k, v in self.state_dict().items() if k not in foreign
         }
-        save_checkpoint(folder, self.config, state)
+        config = self.config
+        if config.embedder.weights_sha256 is not None and not config.embedder.is_named:
+            # Of the weights as they will be read, rounded to dtype.
+            clip = {k: v for k, v in state.items() if k.startswith(CLIP_WEIGHTS)}
+            read = {k.removeprefix(CLIP_WEIGHTS): v.float() if v.is_floating_point() else v for k, v in clip.items()}
+            config = replace(config, embedder=replace(config.embedder, weights_sha256=state_sha256(read)))
+        save_checkpoint(folder, config, state)
 
     def _foreign_state(self) -> dict[str, Tensor]:
         """Weights that come from elsewhere: a user's autoencoder, an open_clip download."""
         away = ["preview."] if self.config.preview.kind != "linear" else []
-        away += ["embedder."] if self.config.embedder.pretrained or self.config.embedder.model != "custom" else []
+        away += ["embedder."] if self.config.embedder.is_named else []
         return {k: v for k, v in self.state_dict().items() if k.startswith(tuple(away))} if away else {}
 
     def session(self, batch_size: int, prompts: list[str] | None = None) -> Session:
@@ -212,7 +230,7 @@ class ArtifactScorer(nn.Module):
         """Score a recorded trajectory, which must hold x0; equals the session to float tolerance.
 
         Returns:
-            The trajectory with the fields of ``StepScore`` as scores, NaN from where a row is not finite.
+            The trajectory with the fields of ``StepScore`` as scores, on the CPU; NaN from where a row is not finite.
         Raises:
             InputError: If the trajectory holds no x0, or no noisy latents where the scorer looks at them.
         """
@@ -220,20 +238,31 @@ class ArtifactScorer(nn.Module):
             raise InputError("the trajectory holds no x0: record it with latents, they are what is scored")
         batch, steps = trajectory.x0.shape[:2]
         finite = trajectory.x0.isfinite().flatten(2).all(-1).cummin(dim=1).values  # batch step; stays False
-        latents = None if trajectory.latents is None else trajectory.latents.float().flatten(0, 1)
-        seen = self.embed_shown(trajectory.x0.float().nan_to_num(0, 0, 0).flatten(0, 1), latents)
-        embedding, noisy = (None if part is None else part.unflatten(0, (batch, steps)) for part in seen)
-        assert embedding is not None
+        embedding, noisy = self._embed_recorded(trajectory.x0, trajectory.latents)
         prob, mass, _ = self.score_embedded(
             embedding,
-            trajectory.log_snr.float().expand(batch, -1),
+            trajectory.log_snr.to(embedding).expand(batch, -1),
             self.embed_prompts(trajectory.prompts, batch),
             noisy,
         )
         done = accumulate(prob, mass)
         scores = {"artifact_prob": prob, **{name: getattr(done, name) for name in _ACCUMULATED}}
-        scores = {name: torch.where(finite, value, torch.nan) for name, value in scores.items()}
+        scores = {name: torch.where(finite, value.cpu(), torch.nan) for name, value in scores.items()}
         return replace(trajectory, scores={**trajectory.scores, **scores})
+
+    def _embed_recorded(
+        self, x0: StepLatents, latents: StepLatents | None
+    ) -> tuple[Float[Tensor, "batch step embed"], Float[Tensor, "batch step embed"] | None]:
+        size = x0.shape[:2]
+        shown = x0.flatten(0, 1).split(PREVIEWS_AT_ONCE)
+        noisy = [None] * len(shown) if latents is None else latents.flatten(0, 1).split(PREVIEWS_AT_ONCE)
+        seen = [
+            self.embed_shown(a.float().nan_to_num(0, 0, 0), None if b is None else b.float())
+            for a, b in zip(shown, noisy, strict=True)
+        ]
+        embedding = torch.cat([part for part, _ in seen]).unflatten(0, size)
+        others = [part for _, part in seen if part is not None]
+        return embedding, torch.cat(others).unflatten(0, size) if others else None
 
     def score_embedded(
         self,
@@ -296,11 +325,12 @@ class Session:
                 f"x0 must have {self._rows} rows, the living images, got {len(x0)}; call keep after a drop"
             )
         self._finite = self._finite & x0.isfinite().flatten(1).all(dim=-1).cpu()
-        finite = self._finite.to(x0.device)
-        clean_rows = x0.float().masked_fill(~finite[:, None, None, None], 0)  # neighbours must not see the bad row
+        bad = ~self._finite.to(x0.device)[:, None, None, None]
+        clean_rows = x0.float().masked_fill(bad, 0)  # neighbours must not see the bad row
         if latents is not None:
-            latents = latents.float().masked_fill(~finite[:, None, None, None], 0)
+            latents = latents.float().masked_fill(bad, 0)
         embedding, noisy = scorer.embed_shown(clean_rows, latents)
+        finite = self._finite.to(embedding.device)  # the scorer may stand elsewhere than the pipeline
         previous = embedding if self._embedding is None else self._embedding
         now = progress(float(log_snr), config.log_snr_range)
         levels = torch.full((self._rows,), float(log_snr), device=embedding.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -14,6 +14,7 @@ from moe_artifacts.config import (
     GateConfig,
     LatentSpaceConfig,
     PreviewConfig,
+    RuleName,
     ScorerConfig,
     ThresholdConfig,
 )
@@ -26,6 +27,16 @@ TINY_CLIP: dict[str, Any] = {
     "vision_cfg": {"layers": 1, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 16},
     "text_cfg": {"context_length": 8, "vocab_size": 600, "width": 16, "heads": 2, "layers": 1},
 }
+# What each rule needs beside its threshold.
+RULE_FIELDS: dict[RuleName, dict[str, Any]] = {
+    "cumulative": {"clear_threshold": 0.3},
+    "q-exit": {"q": 0.3},
+    "posterior": {},
+    "patience": {"patience": 2},
+    "economic": {"boundary": ((0.0, 0.4, 0.1), (1.0, 0.6, 0.3))},
+}
+assert set(RULE_FIELDS) == set(get_args(RuleName))
+EVERY_RULE = [ThresholdConfig(rule=name, threshold=0.5, **fields) for name, fields in RULE_FIELDS.items()]
 
 
 def tiny_config(*, use_prompt: bool = True, use_noisy: bool = False, **changes: Any) -> ScorerConfig:

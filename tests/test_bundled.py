@@ -12,6 +12,8 @@ from moe_artifacts import ArtifactGuard, ArtifactScorer, bundled_pipeline
 from moe_artifacts.bundled import FOLDER, bundled_judge, class_of
 from moe_artifacts.errors import CheckpointError, InputError, LatentSpaceError
 from moe_artifacts.files import read_json
+from moe_artifacts.trajectory import Trajectory
+from tests.commands import run
 
 PROMPTS = ["an ankle boot", "a pullover", "a photo of the handbag on black", "one plain dress"]
 
@@ -43,6 +45,15 @@ def test_the_threshold_is_certified_for_the_default_sampling(pipeline, scorer):
     assert rule.num_inference_steps == defaults["num_inference_steps"]
     assert rule.guidance_scale == defaults["guidance_scale"]
     assert rule.num_clean > 4_000
+
+
+def test_the_commands_and_arguments_of_the_readme_take_the_bundled_scorer(scorer, tmp_path):
+    channels = scorer.config.latent_space.channels
+    x0 = torch.randn(3, 2, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    Trajectory(PROMPTS[:3], [1, 2, 3], [7, 49], torch.tensor([-3.0, 6.0]), {}, 50, x0=x0).save(tmp_path / "run")
+    done = run("score", tmp_path / "run", "--scorer", "fashion", "--out", tmp_path / "scored")
+    assert done.exit_code == 0 and "3 images, mean final artifact_prob" in done.stdout
+    assert ArtifactGuard(scorer, threshold=0.6).rule.boundary == scorer.config.threshold.boundary
 
 
 def test_record_leaves_images_bit_identical_and_drop_keeps_the_rows(pipeline, scorer):

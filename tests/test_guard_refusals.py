@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import pytest
@@ -11,6 +12,7 @@ from moe_artifacts.config import LatentSpaceConfig, ThresholdConfig
 from moe_artifacts.errors import ConfigError, InputError, LatentSpaceError, UnsupportedPipelineError
 from moe_artifacts.guard.guard import ArtifactGuard
 from tests.guarded import PROMPTS, CountedCalls, guarded, settings, statuses
+from tests.scorers import EVERY_RULE
 
 
 @pytest.mark.parametrize(
@@ -121,12 +123,16 @@ def test_a_last_preview_needs_a_scorer_that_has_previews(monkeypatch):
         ArtifactGuard(tiny.ScriptedScorer(), keep_last_preview=True)
 
 
-def test_a_number_as_threshold_keeps_the_rule_but_not_its_promise():
-    own = ThresholdConfig(rule="patience", threshold=0.4, patience=2, max_risk=0.05, confidence=0.95)
-    guard = ArtifactGuard(tiny.ScriptedScorer(threshold=own), threshold=0.7)
-    assert guard.rule == ThresholdConfig(rule="patience", threshold=0.7, patience=2)
-    assert ArtifactGuard(tiny.ScriptedScorer(threshold=None), threshold=0.7).rule.rule == "cumulative"
+@pytest.mark.parametrize("own", EVERY_RULE, ids=lambda rule: rule.rule)
+def test_a_number_as_threshold_keeps_the_rule_but_not_its_promise(own):
+    certified = dataclasses.replace(own, max_risk=0.05, confidence=0.95, scheduler="DDIMScheduler")
+    guard = ArtifactGuard(tiny.ScriptedScorer(threshold=certified), threshold=0.7)
+    assert guard.rule == dataclasses.replace(own, threshold=0.7)
+
+
+def test_without_a_number_the_threshold_is_the_scorers_own():
     assert ArtifactGuard(tiny.ScriptedScorer()).rule == tiny.scorer_config().threshold
+    assert ArtifactGuard(tiny.ScriptedScorer(threshold=None), threshold=0.7).rule.rule == "cumulative"
 
 
 def test_the_guard_reads_every_argument_of_the_pipeline_it_knows():

@@ -5,11 +5,14 @@ import pytest
 import torch
 
 from moe_artifacts import offline
+from moe_artifacts.accumulator import accumulate
 from moe_artifacts.config import ThresholdConfig
+from moe_artifacts.decision import decide
 from moe_artifacts.errors import InputError
+from moe_artifacts.noise import progress
 from moe_artifacts.offline import score_folders, summarise
 from moe_artifacts.trajectory import Trajectory, join_trajectories
-from tests.scorers import tiny_scorer
+from tests.scorers import EVERY_RULE, LOG_SNR_RANGE, tiny_config, tiny_scorer
 
 SCORES = ("artifact_prob", "exit_prob", "exit_cdf", "cumulative_artifact_prob", "cumulative_clean_prob")
 
@@ -104,10 +107,24 @@ def test_the_summary_counts_what_a_loop_over_the_images_counts():
         [[0.0, 0.0, 0.0], [0.0, 0.1, 0.1], [0.0, 0.0, 0.0], [0.3, 0.3, 0.3], [0.0, math.nan, math.nan]],
     )
     # The fourth was cleared before it reached the threshold; the second reaches it when there is nothing left to save.
-    summary = summarise(None, scored, rule)
+    summary = summarise(None, scored, tiny_config(threshold=rule))
     assert (summary.images, summary.errors, summary.aborted, summary.rejected) == (5, 1, 1, 1)
     assert summary.artifact_prob == pytest.approx((0.7 + 0.5 + 0.4 + 0.6) / 4)
-    assert summarise(None, scored, None).aborted is None
+    assert summarise(None, scored, tiny_config(threshold=None)).aborted is None
+
+
+@pytest.mark.parametrize("rule", EVERY_RULE, ids=lambda rule: rule.rule)
+def test_every_rule_counts_as_the_decision_over_whole_trajectories_does(runs, tmp_path, rule):
+    scorer = tiny_scorer(threshold=rule)
+    scored = scorer.score(recorded(0))
+    prob = scored.scores["artifact_prob"]
+    state = scorer.embed(recorded(0).x0.float().flatten(0, 1)).unflatten(0, (5, 3))
+    _, mass, _ = scorer.score_embedded(state, scored.log_snr.expand(5, -1), scorer.embed_prompts(scored.prompts, 5))
+    steps = decide(rule, prob, accumulate(prob, mass), progress(scored.log_snr, LOG_SNR_RANGE)).abort_step.tolist()
+    for resumed in (False, True):
+        first, _ = score_folders(runs, scorer, tmp_path / "out")
+        assert first.resumed == resumed
+        assert (first.aborted, first.rejected) == (sum(k < 2 for k in steps), sum(k == 2 for k in steps))
 
 
 def test_a_trajectory_without_latents_cannot_be_scored(tmp_path, scorer):

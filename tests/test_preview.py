@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_artifacts.errors import CheckpointError, ConfigError, InputError, LatentSpaceError
 from moe_artifacts.latent_spaces import LATENT_SPACES
@@ -159,6 +161,30 @@ def test_vae_undoes_scaling_and_shift(shift):
         shown = VaePreview(autoencoder)((raw - (shift or 0.0)) * 0.5)
         expected = (autoencoder.decode(raw).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(shown, expected, atol=1e-5, rtol=0)  # one rounding more before a small network
+
+
+def test_a_vae_that_overflows_in_float16_decodes_in_float32_as_its_pipeline_does():
+    autoencoder = tiny_vaes.kl(force_upcast=True)
+    with torch.no_grad():
+        autoencoder.decoder.conv_in.weight.mul_(1e5)  # the norm after it divides it out again
+        latents = torch.randn(2, 4, 8, 8).half()
+        autoencoder.half()
+        assert not autoencoder.decode(latents).sample.isfinite().all()
+        weights = {name: tensor.clone() for name, tensor in autoencoder.state_dict().items()}
+        shown = VaePreview(autoencoder)(latents)
+        expected = VaePreview(copy.deepcopy(autoencoder).float())(latents.float())
+    torch.testing.assert_close(shown, expected, atol=1e-6, rtol=0)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in autoencoder.state_dict().items())
+    assert autoencoder.dtype == torch.float16
+
+
+@pytest.mark.parametrize("kind", PREVIEWS)
+def test_a_preview_takes_latents_of_another_device(kind):
+    """Fake tensors: shapes, dtypes and devices without data, so that this needs no accelerator."""
+    preview = PREVIEWS[kind]()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shown = preview(torch.empty(2, preview.channels, 8, 8, device="cuda"))
+    assert shown.device.type == "cpu" and shown.dtype == torch.float32
 
 
 def test_qwen_and_flux2_are_shown_as_their_pipelines_would():

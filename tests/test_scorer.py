@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import huggingface_hub
 import pytest
 import torch
-from scorers import tiny_config, tiny_scorer
+from safetensors.torch import load_file, save_file
+from scorers import TINY_CLIP, tiny_config, tiny_scorer
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_artifacts.accumulator import Accumulated
-from moe_artifacts.config import FeatureConfig, PreviewConfig
+from moe_artifacts.config import EmbedderConfig, FeatureConfig, PreviewConfig
 from moe_artifacts.errors import CheckpointError, ConfigError, InputError, LatentSpaceError
 from moe_artifacts.preview import VaePreview
 from moe_artifacts.scorer import ArtifactScorer, step_features
@@ -176,6 +179,98 @@ def test_float16_files_are_half_the_size_and_nearly_the_same(tmp_path):
     half = ArtifactScorer.from_pretrained(tmp_path / "half")
     before, after = (s.score(trajectory(x0)).scores["artifact_prob"] for s in (scorer, half))
     torch.testing.assert_close(before, after, atol=5e-3, rtol=0)  # ten bits of mantissa through a few layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_hash_of_the_clip_weights_is_that_of_the_file(tmp_path, dtype):
+    embedder = tiny_config().embedder
+    told = dataclasses.replace(embedder, weights_sha256=tiny_scorer().embedder.weights_sha256())
+    scorer = tiny_scorer(embedder=told)
+    scorer.save_pretrained(tmp_path, dtype=dtype)
+    again = ArtifactScorer.from_pretrained(tmp_path)
+    assert again.config.embedder.weights_sha256 == again.embedder.weights_sha256()
+    again.save_pretrained(tmp_path / "again", dtype=dtype)  # rounding twice changes nothing
+    assert ArtifactScorer.from_pretrained(tmp_path / "again").config == again.config
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    state["embedder.clip.logit_scale"] += 1
+    save_file(state, path)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        ArtifactScorer.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def named_clip(monkeypatch):
+    """open_clip knows a tiny model by name, and of its pretrained tags none."""
+    import open_clip.factory
+
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-clip", TINY_CLIP)
+    return EmbedderConfig(model="tiny-clip", embed_dim=TINY_CLIP["embed_dim"])
+
+
+def test_the_weights_of_a_named_model_without_a_tag_are_in_the_checkpoint(named_clip, tmp_path):
+    scorer, x0 = tiny_scorer(embedder=named_clip, use_prompt=False), latents()[:, 0]
+    scorer.save_pretrained(tmp_path)
+    again = ArtifactScorer.from_pretrained(tmp_path)
+    assert torch.equal(again.embed(x0), scorer.embed(x0))
+
+
+def test_named_weights_are_fetched_into_the_cache_that_was_named_or_not_at_all(named_clip, tmp_path, monkeypatch):
+    import open_clip
+
+    calls, create = [], open_clip.create_model
+
+    def created(model, pretrained, **options):
+        calls.append((pretrained, options["cache_dir"]))
+        return create(model)
+
+    monkeypatch.setattr(open_clip, "create_model", created)
+    tiny_scorer(embedder=dataclasses.replace(named_clip, pretrained="a-tag")).save_pretrained(tmp_path)
+    assert "embedder.clip.logit_scale" not in load_file(tmp_path / "model.safetensors")
+    calls.clear()
+    ArtifactScorer.from_pretrained(tmp_path, cache_dir="/cache")
+    assert calls == [("a-tag", "/cache")]
+    with pytest.raises(ConfigError, match=r"tiny-clip \(a-tag\) in the network; set HF_HUB_OFFLINE=1"):
+        ArtifactScorer.from_pretrained(tmp_path, local_files_only=True)
+    assert len(calls) == 1
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    ArtifactScorer.from_pretrained(tmp_path, local_files_only=True)
+    assert len(calls) == 2
+
+
+def test_many_previews_are_embedded_a_few_at_a_time(monkeypatch):
+    scorer, x0 = tiny_scorer(use_noisy=True), latents()
+    expected = scorer.score(trajectory(x0)).scores
+    sizes = []
+    embed = scorer.embed
+    monkeypatch.setattr(scorer, "embed", lambda x: sizes.append(len(x)) or embed(x))
+    monkeypatch.setattr("moe_artifacts.scorer.PREVIEWS_AT_ONCE", 7)
+    found = scorer.score(trajectory(x0)).scores
+    assert max(sizes) == 7 and sum(sizes) == 2 * 20
+    for name in SCORES:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)
+
+
+def test_a_scorer_takes_latents_of_another_device():
+    """Fake tensors: shapes, dtypes and devices without data, so that this needs no accelerator."""
+    scorer = tiny_scorer()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        embedding = scorer.embed(torch.empty(2, 4, 8, 8, device="cuda", dtype=torch.float16))
+    assert embedding.device.type == "cpu" and embedding.dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator, found none")
+@pytest.mark.parametrize("scorer_moves", [False, True])
+def test_scores_do_not_depend_on_where_scorer_and_latents_are(scorer_moves):
+    scorer, x0 = tiny_scorer(), latents()
+    expected = scorer.score(trajectory(x0)).scores["artifact_prob"]
+    device = torch.accelerator.current_accelerator()
+    if scorer_moves:
+        scorer.to(device)
+    session = scorer.session(5, PROMPTS)
+    steps = [session.step(x0=x0[:, i].to(device), log_snr=s).artifact_prob.cpu() for i, s in enumerate(LOG_SNRS)]
+    torch.testing.assert_close(torch.stack(steps, dim=1), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scorer.score(trajectory(x0)).scores["artifact_prob"], expected, atol=1e-4, rtol=0)
 
 
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path):

@@ -151,7 +151,12 @@ def _rule(own: ThresholdConfig | None, given: ThresholdConfig | float | None) ->
         return ThresholdConfig(rule="cumulative", threshold=given)
     # Without its provenance: that belongs to the number which was calibrated.
     return ThresholdConfig(
-        rule=own.rule, threshold=given, clear_threshold=own.clear_threshold, q=own.q, patience=own.patience
+        rule=own.rule,
+        threshold=given,
+        clear_threshold=own.clear_threshold,
+        q=own.q,
+        patience=own.patience,
+        boundary=own.boundary,
     )
 
 
