@@ -30,6 +30,7 @@ from moe_artifacts.policy import Run, abort_columns, apply_rule, by_prompt, chea
 from moe_artifacts.recorded import ScoredRuns
 from moe_artifacts.records import EXIT_COLUMNS, PARTS, Records, split_parts
 from moe_artifacts.scalar.exit import fit_exit
+from moe_artifacts.scalar.normal import tells_nothing
 from moe_artifacts.scalar.posterior import ScalarPosterior
 
 FALSE_ABORTS = ("per-image", "per-prompt")
@@ -145,13 +146,22 @@ def _at_the_steps_used(records: Records, request: Request, fit: np.ndarray) -> R
         return records
     runs = records.runs
     used = np.flatnonzero(runs.calls < runs.total_calls)
+    # A face detector sees nothing in noise: on the fitting part alone, so that the promise holds.
+    silent = [int(k) for k in used if tells_nothing(runs.scores[fit][:, k])]
+    used = np.setdiff1d(used, silent)
+    if len(used) == 0:
+        raise InputError("the scores before the last call are the same in nearly all images: they tell nothing")
+    notes = list(records.notes)
+    if silent:
+        calls = ", ".join(str(runs.calls[k]) for k in silent)
+        notes.append(f"not looked at: the scores after {calls} calls, which are the same in nearly all images")
     gaps = bool(np.isnan(runs.scores[:, used]).any())
     if request.choose_steps and gaps:
         raise InputError("steps can be chosen only where every image has a score at every step; here are gaps")
     if request.choose_steps or (request.choose_steps is None and not gaps):
         used = used[_cheapest_steps(runs.rows(fit).steps(used), request)]
     log_snr = None if records.log_snr is None else records.log_snr[used]
-    return dataclasses.replace(records, runs=runs.steps(used), log_snr=log_snr)
+    return dataclasses.replace(records, runs=runs.steps(used), log_snr=log_snr, notes=notes)
 
 
 def _cheapest_steps(runs: ScoredRuns, request: Request) -> np.ndarray:
@@ -250,6 +260,8 @@ def _candidates(
     The share of wrong aborts is not monotone: at the top too few images are aborted to see it, further down too many
     wrongly. None: no threshold passes even there.
     """
+    if not (statistic > 0).any():
+        return None  # the rule never aborts
     tried = np.unique(np.quantile(statistic[statistic > 0], np.linspace(0.5, 1, points)))[::-1]
     group = np.unique(unit, return_inverse=True)[1]
     room = [np.bincount(group, weights=(statistic >= t) * (max_risk - (1 - label))) for t in tried]
@@ -277,5 +289,8 @@ def _with_provenance(
         scheduler=meta.get("scheduler"),
         num_inference_steps=meta.get("num_inference_steps", records.runs.total_calls),
         guidance_scale=meta.get("guidance_scale"),
+        eta=meta.get("eta"),
+        image_size=None if meta.get("image_size") is None else tuple(meta["image_size"]),
+        denoiser=meta.get("denoiser"),
         scored_steps=tuple(int(calls) - 1 for calls in records.runs.calls),
     )

@@ -186,9 +186,11 @@ class Calibrated:
             f"{_change(found.cost_per_clean)}   (without the price of scoring {_change(found.cost_per_clean_unscored)})"
         )
         mean = f"{_change(self.prompt_outcome.cost_per_clean)}   ({_percent(self.prompt_outcome.empty)} of prompts left empty)"
+        rejected = f"{_percent(found.rejected)}   (of all images; not aborts, and kept in what stands above and below)"
         rows = {
             "bad among the kept": f"{_percent(found.bad_left)}   (before: {_percent(found.bad_rate)})",
             "steps saved": _percent(found.steps_saved),
+            **({"rejected at the last step": rejected} if found.rejected else {}),
             "cost per clean image": clean,
             "the same, mean over prompts": mean,
         }

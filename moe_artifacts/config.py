@@ -218,6 +218,9 @@ class ThresholdConfig:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     scored_steps: tuple[int, ...] | None = None
+    eta: float | None = None  # share of fresh noise at each step, of schedulers that take one (DDIM)
+    image_size: tuple[int, ...] | None = None  # height and width in pixels
+    denoiser: str | None = None  # its fingerprint: moe_artifacts/guard/fingerprint.py
     prompt_mix: str | None = None
 
     def __post_init__(self) -> None:

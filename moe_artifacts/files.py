@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from moe_artifacts.errors import InputError
+
+_UMASK = threading.Lock()  # of the whole process: two threads at once would leave it at 0
 
 
 @contextlib.contextmanager
@@ -105,6 +108,7 @@ def _sync(path: Path) -> None:
 
 
 def _umask() -> int:
-    current = os.umask(0)  # it can only be read by setting it
-    os.umask(current)
+    with _UMASK:
+        current = os.umask(0)  # it can only be read by setting it
+        os.umask(current)
     return current

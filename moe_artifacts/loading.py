@@ -68,7 +68,7 @@ def load_pipeline(
 
         try:
             pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, AttributeError) as error:  # the last: a class that diffusers lacks
             raise CheckpointError(f"the pipeline {name!r} cannot be read: {error}") from error
         pipe.set_progress_bar_config(disable=True)
     return pipe.to(place), defaults

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moe_artifacts.accumulator import Accumulated
 from moe_artifacts.config import ScorerConfig
 from moe_artifacts.decision import decide
-from moe_artifacts.embedder import state_sha256
 from moe_artifacts.errors import InputError
 from moe_artifacts.files import atomic_path, read_json
 from moe_artifacts.noise import progress
 from moe_artifacts.scorer import ArtifactScorer
 from moe_artifacts.trajectory import Trajectory, join_trajectories
-from moe_artifacts.trajectory_files import LATENTS_NAME, META_NAME, iter_trajectories, trajectory_folders
+from moe_artifacts.trajectory_files import LATENTS_NAME, META_NAME, TABLE_NAME, iter_trajectories, trajectory_folders
 
 IMAGES_AT_ONCE = 32
 
@@ -54,16 +55,17 @@ def score_folders(
     path, out = Path(path), Path(out)
     if out.resolve() == path.resolve():
         raise InputError(f"out must not be the folder that is scored, got {out} for both")
-    identity = {"name": scorer.config.name, "sha256": state_sha256(scorer.state_dict())}
+    identity = scorer.identity()
     for source in trajectory_folders(path):
         target = out if source == path else out / source.name
-        resumed = _is_finished(target, identity, keep_latents)
+        origin = _origin(source)
+        resumed = _is_finished(target, identity, origin, keep_latents)
         parts = iter_trajectories(target if resumed else source, IMAGES_AT_ONCE)
         if not resumed:
             parts = (scorer.score(part) for part in parts)
         scored = join_trajectories([replace(part, x0=None, latents=None) for part in parts])
         if not resumed:
-            replace(scored, meta={**scored.meta, "scorer": identity}).save(target)
+            replace(scored, meta={**scored.meta, "scorer": identity, "scored_from": origin}).save(target)
             if keep_latents:
                 with atomic_path(target / LATENTS_NAME) as temporary:
                     shutil.copyfile(source / LATENTS_NAME, temporary)
@@ -99,8 +101,17 @@ def summarise(folder: Path, scored: Trajectory, config: ScorerConfig, resumed: b
     )
 
 
-def _is_finished(target: Path, identity: dict[str, str], keep_latents: bool) -> bool:
-    """Whether ``target`` was scored to its end by this scorer.
+def _origin(source: Path) -> dict[str, Any]:
+    """What a folder of this name held when it was scored."""
+    table, latents = source / TABLE_NAME, source / LATENTS_NAME
+    return {
+        "sha256": hashlib.sha256(table.read_bytes()).hexdigest() if table.exists() else None,
+        "latents_bytes": latents.stat().st_size if latents.exists() else None,  # gigabytes: not hashed
+    }
+
+
+def _is_finished(target: Path, identity: dict[str, str], origin: dict[str, Any], keep_latents: bool) -> bool:
+    """Whether ``target`` was scored to its end by this scorer, from this source.
 
     Raises:
         InputError: If it holds a trajectory of another origin, which must not be overwritten.
@@ -112,4 +123,9 @@ def _is_finished(target: Path, identity: dict[str, str], keep_latents: bool) -> 
     if found != identity:
         by = f"was scored by {found}" if found else "was not scored here"
         raise InputError(f"out already holds {target}, which {by}; this is {identity}: name another folder")
+    if meta.get("scored_from") != origin:
+        raise InputError(
+            f"out already holds {target}, the scores of other trajectories, or of the same before they were changed: name "
+            "another folder, or remove it"
+        )
     return not keep_latents or (target / LATENTS_NAME).exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,10 @@ def _without_latents(parts: Any) -> Any:
 def _from_rows(path: Path, num_steps: int | None) -> RawRecords:
     table = _table(path)
     names = table.column_names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{path} has more than one column of the name {twice[0]!r}: keep one of them")
+    if table.num_rows == 0:
+        raise InputError(f"{path} has no rows")
     if missing := [name for name in ("image", "prompt", "step") if name not in names]:
         raise InputError(f"{path} lacks the columns {missing}; it has {names}")
     for name in names:
@@ -95,6 +101,7 @@ def _from_rows(path: Path, num_steps: int | None) -> RawRecords:
         if name not in NOT_SCORES and (pa.types.is_floating(table[name].type) or pa.types.is_integer(table[name].type)):
             scores[name] = np.full((len(ids), len(steps)), np.nan)
             scores[name][image, column] = _numbers(path, table, name)
+    text = [name for name in names if name not in NOT_SCORES and name not in scores]
     calls = steps + 1
     if "calls" in names:
         calls = np.array([_one(path, "calls", _numbers(path, table, "calls")[column == k]) for k in range(len(steps))])
@@ -103,13 +110,16 @@ def _from_rows(path: Path, num_steps: int | None) -> RawRecords:
             raise InputError(
                 f"{path} does not say how long a whole run is: add a column num_steps, or give --num-steps"
             )
-        num_steps = int(_one(path, "num_steps", _numbers(path, table, "num_steps")))
+        num_steps = int(
+            _whole(path, "num_steps", np.array(_one(path, "num_steps", _numbers(path, table, "num_steps"))))
+        )
     return RawRecords(
         scores=scores,
         prompt=single["prompt"],
-        calls=calls.astype(np.int64),
+        calls=_whole(path, "calls", calls),
         total_calls=num_steps,
         image=ids,
+        not_numbers=text,
         **{name: single[name] for name in ("label", "final", "split") if name in single},
     )
 
@@ -163,13 +173,14 @@ def _one(path: Path, name: str, values: np.ndarray) -> float:
 def _arrays(path: Path, names: list[str] | None = None) -> dict[str, np.ndarray]:
     """All arrays, or the named ones."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             if missing := [name for name in names or [] if name not in file]:
                 raise InputError(f"{path} lacks the arrays {missing}; it has {sorted(file)}")
             return {name: file[name] for name in names or file}
     except InputError:
         raise
-    except (OSError, ValueError, EOFError) as error:  # a pickle inside is a ValueError
+    # A pickle inside is a ValueError; an npy, which has no arrays to close, a TypeError.
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"cannot read {path} as an npz of plain arrays: {error}") from error
 
 
@@ -182,9 +193,15 @@ def _from_arrays(path: Path, num_steps: int | None) -> RawRecords:
             raise InputError(
                 f"{path} lacks total_calls, the denoiser calls of a whole run: add it, or give --num-steps"
             )
-        num_steps = int(arrays["total_calls"])
+        if arrays["total_calls"].size != 1:
+            shape = arrays["total_calls"].shape
+            raise InputError(f"{path}: total_calls must be one number, the same for all images, got shape {shape}")
+        num_steps = int(_whole(path, "total_calls", arrays["total_calls"]).item())
+    for name in ("prompt", "calls"):
+        if arrays[name].ndim != 1:
+            raise InputError(f"{path}: {name} must have one dimension, got shape {arrays[name].shape}")
     shape = (len(arrays["prompt"]), len(arrays["calls"]))
-    scores = {name: values.astype(np.float64) for name, values in arrays.items() if values.shape == shape}
+    scores = {name: _floats(path, name, values) for name, values in arrays.items() if values.shape == shape}
     if "scores" in scores:
         scores["score"] = scores.pop("scores")
     found: dict[str, Any] = {}
@@ -193,20 +210,34 @@ def _from_arrays(path: Path, num_steps: int | None) -> RawRecords:
             if arrays[name].shape != shape[:1]:
                 raise InputError(f"{path}: {name} must have shape {shape[:1]}, one per image, got {arrays[name].shape}")
             numeric = name in ("label", "final")
-            found[name] = arrays[name].astype(np.float64) if numeric else [str(value) for value in arrays[name]]
+            values = arrays[name]
+            found[name] = _floats(path, name, values) if numeric else [str(value) for value in values]
     return RawRecords(
         scores=scores,
         prompt=[str(value) for value in arrays["prompt"]],
-        calls=arrays["calls"].astype(np.int64),
+        calls=_whole(path, "calls", arrays["calls"]),
         total_calls=num_steps,
         **found,
     )
 
 
+def _floats(path: Path, name: str, values: np.ndarray) -> np.ndarray:
+    if values.dtype.kind not in "fiub":
+        raise InputError(f"{path}: {name} must hold numbers, got an array of {values.dtype}")
+    return values.astype(np.float64)
+
+
+def _whole(path: Path, name: str, values: np.ndarray) -> np.ndarray:
+    numbers = _floats(path, name, values)
+    if not np.isfinite(numbers).all() or (numbers != np.round(numbers)).any():
+        raise InputError(f"{path}: {name} must hold whole numbers, got {numbers.ravel()[:5]}")
+    return numbers.astype(np.int64)
+
+
 def _from_key(path: Path, key: str) -> RawRecords:
     base = f"{key.rpartition('_')[0]}_base"
     arrays = _arrays(path, [key, base])
-    scores, finals = arrays[key].astype(np.float64), arrays[base].astype(np.float64)
+    scores, finals = _floats(path, key, arrays[key]), _floats(path, base, arrays[base])
     if scores.ndim != 3 or scores.shape != finals.shape:
         raise InputError(
             f"{path}: {key} and {base} must be [prompt image step] alike, got {scores.shape}, {finals.shape}"

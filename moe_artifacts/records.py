@@ -16,6 +16,7 @@ The columns, whatever the file. An image has either one score of any scale, or t
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ class RawRecords:
     log_snr: Float[np.ndarray, " step"] | None = None  # nats
     meta: dict[str, Any] = field(default_factory=dict)  # of trajectory folders: scheduler, guidance_scale, scorer, ...
     notes: list[str] = field(default_factory=list)
+    not_numbers: list[str] = field(default_factory=list)  # columns that hold text, so no score
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -174,13 +176,22 @@ def worst_share(
     Example:
         >>> worst_share(np.array([3.0, 1.0, 2.0, 4.0]), np.array([0, 0, 1, 1]), 0.5, "prompt")
         array([False,  True,  True, False])
+
+    Raises:
+        InputError: If that share is less than one image.
     """
-    if within == "pooled":
-        return final < np.quantile(final, share)
+    groups = [np.ones(len(final), dtype=bool)] if within == "pooled" else [prompt == p for p in np.unique(prompt)]
     bad = np.zeros(len(final), dtype=bool)
-    for group in np.unique(prompt):
-        rows = prompt == group
-        bad[rows] = final[rows] < np.quantile(final[rows], share)
+    most = 0
+    for rows in groups:
+        count = int(share * rows.sum() + 1e-9)  # 0.1 * 30 is a little less than 3
+        bad[rows] = final[rows] < np.sort(final[rows])[count]
+        most = max(most, count)
+    if most == 0:
+        of = "" if within == "pooled" else " of a prompt, or take the share of all images (pooled)"
+        raise InputError(
+            f"a share of {share:g} is less than one image: record at least {math.ceil(1 / share)} images{of}"
+        )
     return bad
 
 
@@ -199,6 +210,10 @@ def _which_score(raw: RawRecords, score: str | None) -> tuple[Literal["posterior
     if score is None and POSTERIOR in raw.scores:
         return "posterior", POSTERIOR
     name = score or "score"
+    if name in raw.not_numbers:
+        raise InputError(
+            f"the column {name!r} holds text in some row, so it is no score: put in numbers, or leave cells empty"
+        )
     if name not in raw.scores:
         raise InputError(
             f"there is no column {name!r}; the columns of scores are {sorted(raw.scores)}. Name one with --score, or "

@@ -151,6 +151,10 @@ class ArtifactScorer(nn.Module):
             config = replace(config, embedder=replace(config.embedder, weights_sha256=state_sha256(read)))
         save_checkpoint(folder, config, state)
 
+    def identity(self) -> dict[str, str]:
+        """Name and SHA-256 of all weights: what scores, and thresholds for them, belong to."""
+        return {"name": self.config.name, "sha256": state_sha256(self.state_dict())}
+
     def _foreign_state(self) -> dict[str, Tensor]:
         """Weights that come from elsewhere: a user's autoencoder, an open_clip download."""
         away = ["preview."] if self.config.preview.kind != "linear" else []
@@ -236,7 +240,7 @@ class ArtifactScorer(nn.Module):
         """
         if trajectory.x0 is None:
             raise InputError("the trajectory holds no x0: record it with latents, they are what is scored")
-        batch, steps = trajectory.x0.shape[:2]
+        batch = len(trajectory.x0)
         finite = trajectory.x0.isfinite().flatten(2).all(-1).cummin(dim=1).values  # batch step; stays False
         embedding, noisy = self._embed_recorded(trajectory.x0, trajectory.latents)
         prob, mass, _ = self.score_embedded(

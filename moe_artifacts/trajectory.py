@@ -13,6 +13,8 @@ from torch import Tensor
 from moe_artifacts.errors import InputError
 from moe_artifacts.shapes import PerImage, StepLatents
 
+# Entries of ``meta`` that runs in one setting share.
+SETTING = ("scheduler", "num_inference_steps", "guidance_scale", "eta", "image_size", "denoiser", "setting", "scorer")
 # Names of the files' own columns and fields, which no score and no entry of ``meta`` can have.
 RESERVED_COLUMNS = ("image", "prompt", "seed", "step", "log_snr", "label")
 RESERVED_META = ("format_version", "num_steps", "num_images", "steps", "scores")
@@ -94,7 +96,8 @@ def join_trajectories(parts: Sequence[Trajectory]) -> Trajectory:
     A run whose images all left early has fewer scored steps: its scores are NaN at the others.
 
     Raises:
-        InputError: If there are no parts, or they differ in their number of steps, their noise levels or their scores.
+        InputError: If there are no parts, or they differ in their number of steps, their noise levels, their scores, or in what
+            their ``meta`` says of the setting and of the scorer.
     """
     if not parts:
         raise InputError("parts must hold at least one trajectory, got none")
@@ -106,6 +109,12 @@ def join_trajectories(parts: Sequence[Trajectory]) -> Trajectory:
                 f"parts must be runs in one setting, but part {number} differs from those before it in its number of "
                 "steps, its noise levels or its scores"
             )
+        for name in SETTING:
+            if part.meta.get(name) != first.meta.get(name):
+                raise InputError(
+                    f"parts must be runs in one setting, but {name} is {part.meta.get(name)!r} in part {number} and "
+                    f"{first.meta.get(name)!r} in the first; calibrate each setting by itself"
+                )
     steps = sorted(levels)
 
     def padded(part: Trajectory, name: str) -> Tensor:

@@ -14,10 +14,10 @@ import torch
 from moe_artifacts import checkpoint
 from moe_artifacts.calibrated import Calibrated
 from moe_artifacts.config import ThresholdConfig, to_dict
-from moe_artifacts.embedder import state_sha256
 from moe_artifacts.errors import CheckpointError, InputError
-from moe_artifacts.files import read_json, write_json
+from moe_artifacts.files import write_json
 from moe_artifacts.noise import progress
+from moe_artifacts.scalar.checkpoint import is_scalar
 from moe_artifacts.scorer import ArtifactScorer
 
 
@@ -48,7 +48,7 @@ def write_threshold(folder: Path, found: Calibrated) -> Path:
         CheckpointError: If the folder holds no whole checkpoint.
     """
     target = folder / checkpoint.CONFIG_NAME
-    if _is_scalar(target):
+    if is_scalar(target):
         return _write_scalar(folder, found)
     records = found.records
     if found.fitted.posterior is not None:
@@ -57,19 +57,19 @@ def write_threshold(folder: Path, found: Calibrated) -> Path:
             "`moe-artifacts score` writes with it"
         )
     scorer = ArtifactScorer.from_pretrained(folder)
-    identity = {"name": scorer.config.name, "sha256": state_sha256(scorer.state_dict())}
-    if (made_by := records.meta.get("scorer", identity)) != identity:
+    identity, made_by = scorer.identity(), records.meta.get("scorer")
+    if made_by is not None and made_by != identity:
         raise InputError(
             f"the records were scored by {made_by}, and {folder} holds {identity}: thresholds do not carry over"
+        )
+    if made_by is None and records.log_snr is not None:
+        raise InputError(
+            f"the records do not say which scorer made them, and thresholds do not carry over to another than {identity}: "
+            'record with on_abort="record", or score recorded latents with `moe-artifacts score`'
         )
     rule = _over_log_snr(found, scorer.config.log_snr_range)
     write_json(target, to_dict(dataclasses.replace(scorer.config, threshold=rule)))
     return target
-
-
-def _is_scalar(config: Path) -> bool:
-    values = read_json(config) if config.is_file() else None
-    return isinstance(values, dict) and "experts" not in values
 
 
 def _write_scalar(folder: Path, found: Calibrated) -> Path:

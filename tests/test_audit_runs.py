@@ -355,7 +355,7 @@ def test_attempts_in_the_place_of_others_are_shown_apart(folder, tmp_path):
     lines = found.text().splitlines()
     assert lines[1] == (
         "images         13: 6 kept; 5 aborted, 3 of them finished for the audit; 1 rejected at the last step; "
-        "1 with non-finite latents"
+        "1 with non-finite latents or scores"
     )
     assert lines[2] == f"labels         3 of 3 audited images and 6 of 6 kept ones, from {tmp_path / 'labels.csv'}"
     assert lines[3] == "promise        false aborts <= 5 % (90 % sure, over the calibration prompts)"

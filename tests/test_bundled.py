@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 
@@ -54,6 +55,23 @@ def test_the_commands_and_arguments_of_the_readme_take_the_bundled_scorer(scorer
     done = run("score", tmp_path / "run", "--scorer", "fashion", "--out", tmp_path / "scored")
     assert done.exit_code == 0 and "3 images, mean final artifact_prob" in done.stdout
     assert ArtifactGuard(scorer, threshold=0.6).rule.boundary == scorer.config.threshold.boundary
+
+
+def test_the_promise_is_taken_back_where_the_sampling_is_another(pipeline, scorer):
+    pipe, defaults = pipeline
+    guard = ArtifactGuard(scorer, on_abort="record")
+
+    def told(**changes):
+        return guard(pipe, PROMPTS[:1], generator=generators(1), **{**defaults, **changes}).report().splitlines()[1]
+
+    assert told().startswith("false aborts <= 5 % (95 % sure")
+    assert told(eta=1.0).endswith("NOT certified in this setting: eta 1 instead of 0")
+    assert told(height=64, width=32).endswith("NOT certified in this setting: size 64x32 instead of 32x32")
+    changed = copy.deepcopy(pipe.unet)
+    with torch.no_grad():
+        changed.conv_out.bias += 0.01
+    pipe = type(pipe)(**{**pipe.components, "unet": changed}, requires_safety_checker=False)
+    assert told().endswith("NOT certified in this setting: another denoiser (weights or precision)")
 
 
 def test_record_leaves_images_bit_identical_and_drop_keeps_the_rows(pipeline, scorer):

@@ -244,8 +244,30 @@ def test_posteriors_that_are_all_the_same_abort_nothing(recorded, value, message
 
 def test_scores_that_are_all_the_same_are_refused(tmp_path):
     records = read_records(write(tmp_path / "runs.npz", arrays(RUNS, scores=np.ones((300, 3)))))
-    with pytest.raises(CalibrationError, match="tells nothing"):
+    with pytest.raises(InputError, match="the same in nearly all images: they tell nothing"):
         calibrate(records, Request(rule="posterior", **EASY))
+
+
+@pytest.mark.parametrize("chosen", [False, None])
+def test_a_step_at_which_all_scores_are_the_same_is_left_out(tmp_path, chosen):
+    """A face detector sees nothing in noise."""
+    scores = RUNS["scores"].copy()
+    scores[:, 0] = 0.0
+    found, without = (
+        calibrate(
+            read_records(write(tmp_path / f"{name}.npz", arrays(RUNS, **changes))),
+            Request(rule="posterior", choose_steps=chosen, **EASY),
+        )
+        for name, changes in (
+            ("silent", {"scores": scores}),
+            ("without", {"scores": scores[:, 1:], "calls": np.array(STEPS[1:]) + 1}),
+        )
+    )
+    assert found.notes == [
+        f"not looked at: the scores after {STEPS[0] + 1} calls, which are the same in nearly all images"
+    ]
+    assert found.rule == without.rule and found.outcome == without.outcome
+    assert f"note: {found.notes[0]}" in found.text()
 
 
 def test_too_few_of_one_class_to_fit_are_refused(tmp_path):
@@ -340,6 +362,9 @@ def test_another_scorers_records_and_plain_scores_are_not_written(scorer_folder,
     other = scored_by(scorer_folder, tmp_path / "runs", scorer={"name": "tiny", "sha256": "0" * 64})
     with pytest.raises(InputError, match="thresholds do not carry over"):
         write_threshold(scorer_folder, calibrate(other, Request(**EASY)))
+    unknown = calibrate(dataclasses.replace(other, meta={}), Request(**EASY))
+    with pytest.raises(InputError, match="the records do not say which scorer made them"):
+        write_threshold(scorer_folder, unknown)
     found = calibrate(read_records(plain), Request(rule="posterior", **EASY))
     with pytest.raises(InputError, match="the records hold plain scores"):
         write_threshold(scorer_folder, found)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -74,6 +75,14 @@ def test_takes_prompts_from_a_file_and_settings_from_the_command(scorer, tmp_pat
     assert "1 of 2 images in 2 attempts and 1 waves: 1 aborted" in done.stdout
     assert "8 denoiser steps run, 0 of 8 not run" in done.stdout  # mask
     assert "audited" not in done.stdout
+
+
+@pytest.mark.parametrize(("steps", "told"), [(0, "at least 1, got 0"), (5000, "at most 1000, .* got 5000")])
+def test_a_number_of_steps_that_no_run_can_take_leaves_no_folder(scorer, tmp_path, steps, told):
+    arguments = ["--prompt", "a bag", "--out", tmp_path / "run"]
+    assert re.search(told, refused("generate", *arguments, "--steps", steps))
+    assert not (tmp_path / "run").exists()
+    assert run("generate", *arguments, "--steps", 2).exit_code == 0
 
 
 def test_stops_before_the_wave_that_would_cost_too_much(scorer, tmp_path):

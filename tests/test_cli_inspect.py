@@ -4,6 +4,8 @@ import pytest
 
 import moe_artifacts.checkpoint
 from moe_artifacts.config import ThresholdConfig, to_dict
+from moe_artifacts.preview import LinearPreview
+from moe_artifacts.scalar.scorer import ScalarScorer
 from tests.commands import refused, run, tiny_bundle, use_bundle
 from tests.scorers import tiny_scorer
 
@@ -40,6 +42,18 @@ def test_inspect_for_machines_holds_the_whole_config(bundle):
     config = moe_artifacts.checkpoint.load_checkpoint("fashion")[0]
     assert values["config"] == json.loads(json.dumps(to_dict(config)))
     assert sum(values["parameters"].values()) == sum(t.numel() for t in tiny_scorer().state_dict().values())
+
+
+def test_inspect_describes_a_scorer_around_a_function_of_ones_own(tmp_path):
+    space = tiny_scorer().config.latent_space
+    ScalarScorer(len, preview=LinearPreview(4), latent_space=space, siblings=True).save_pretrained(tmp_path / "new")
+    done = run("inspect", tmp_path / "new")
+    assert done.exit_code == 0
+    facts = {line[:15].strip(): line[15:] for line in done.stdout.splitlines()}
+    assert facts["name"] == "my-score" and "higher is better; siblings see" in facts["score"]
+    assert facts["posterior"].startswith("none: it is not calibrated") and facts["threshold"].startswith("none")
+    assert "config.json" in facts["files"] and "model.safetensors" not in facts["files"]
+    assert json.loads(run("inspect", tmp_path / "new", "--json").stdout)["config"]["siblings"] is True
 
 
 def test_inspect_speaks_of_every_kind_of_threshold(tmp_path):

@@ -8,7 +8,7 @@ import tiny
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 
-from moe_artifacts.config import LatentSpaceConfig, ThresholdConfig
+from moe_artifacts.config import LatentSpaceConfig
 from moe_artifacts.errors import ConfigError, InputError, LatentSpaceError, UnsupportedPipelineError
 from moe_artifacts.guard.guard import ArtifactGuard
 from tests.guarded import PROMPTS, CountedCalls, guarded, settings, statuses

@@ -127,6 +127,19 @@ def test_every_rule_counts_as_the_decision_over_whole_trajectories_does(runs, tm
         assert (first.aborted, first.rejected) == (sum(k < 2 for k in steps), sum(k == 2 for k in steps))
 
 
+def test_scores_of_other_trajectories_are_not_taken_for_those_of_the_source(runs, scorer, tmp_path):
+    list(score_folders(runs / "a", scorer, tmp_path / "out"))
+    for changed in (
+        recorded(7),
+        recorded(0, label=torch.ones(5)),
+    ):  # others, and the same with what was not known before
+        changed.save(runs / "a")
+        with pytest.raises(
+            InputError, match="the scores of other trajectories, or of the same before they were changed"
+        ):
+            list(score_folders(runs / "a", scorer, tmp_path / "out"))
+
+
 def test_a_trajectory_without_latents_cannot_be_scored(tmp_path, scorer):
     scorer.score(recorded()).save(tmp_path / "run")
     dataclasses.replace(_scored([[0.1, 0.2, 0.3]]), x0=None).save(tmp_path / "run")

@@ -34,7 +34,7 @@ def test_the_report_says_what_happened_and_what_is_promised():
         guarded(rejected, latents=torch.full((4, 4, 8, 8), torch.nan))
         .report()
         .startswith(
-            "4 images: 0 kept, 4 with non-finite latents; 20 of 24 denoiser steps not run\nthreshold 0.5 promises nothing"
+            "4 images: 0 kept, 4 with non-finite latents or scores; 20 of 24 denoiser steps not run\nthreshold 0.5 promises nothing"
         )
     )
     assert "3 kept, 1 rejected at the last step; 0 of 24" in guarded(rejected).report()
@@ -49,6 +49,10 @@ def test_the_report_says_what_happened_and_what_is_promised():
         (Setting("DDIMScheduler", None, 3.0, (1, 5)), "timesteps of your own instead of 6"),
         (Setting("DDIMScheduler", 6, 1.0, (1, 5)), "guidance 1 instead of 3"),
         (Setting("DDIMScheduler", 6, 3.0, (0, 5)), "scored steps [0, 5] instead of [1, 5]"),
+        (Setting("DDIMScheduler", 6, 3.0, (1, 5), 0.0, (16, 32), "abc"), None),
+        (Setting("DDIMScheduler", 6, 3.0, (1, 5), 0.5, (16, 32), "abc"), "eta 0.5 instead of 0"),
+        (Setting("DDIMScheduler", 6, 3.0, (1, 5), 0.0, (32, 32), "abc"), "size 32x32 instead of 16x32"),
+        (Setting("DDIMScheduler", 6, 3.0, (1, 5), 0.0, (16, 32), "abd"), "another denoiser (weights or precision)"),
     ],
 )
 def test_a_promise_holds_only_where_it_was_certified(setting, told):
@@ -61,6 +65,9 @@ def test_a_promise_holds_only_where_it_was_certified(setting, told):
         num_inference_steps=6,
         guidance_scale=3.0,
         scored_steps=(1, 5),
+        eta=0.0,
+        image_size=(16, 32),
+        denoiser="abc",
     )
     text = promise(rule, setting)
     assert text.startswith("false aborts <= 5 %") if told is None else f"NOT certified in this setting: {told}" in text

@@ -28,6 +28,7 @@ from tiny_pipelines import CASES
 
 import training.own.collect
 from moe_artifacts.errors import InputError, UnsupportedPipelineError
+from moe_artifacts.guard.fingerprint import fingerprint
 from moe_artifacts.guard.space import latent_space_of, unpack
 from moe_artifacts.noise import NoiseLevel, check_steps, noise_levels
 from moe_artifacts.schedulers import set_scheduler
@@ -284,6 +285,9 @@ def test_the_setting_says_what_was_done_and_leaves_no_trace(pipe):
         "scheduler": "EulerDiscreteScheduler",
         "num_inference_steps": 9,
         "guidance_scale": 3.0,
+        "eta": 0.0,
+        "image_size": (16, 16),
+        "denoiser": fingerprint(pipe.unet),
     }
     recorder(["a cat"], [3], Setting(scheduler="dpm", steps=4))
     again = recorder(["a cat"], [3], euler).trajectory

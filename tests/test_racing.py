@@ -117,9 +117,10 @@ def test_spread_is_1_for_the_fitted_prompts_and_grows_with_that_of_this_one(mode
 
 
 @pytest.mark.parametrize("num_scenarios", [0, 64])
-def test_the_live_race_does_what_the_recorded_races_do(model, runs, num_scenarios):
+@pytest.mark.parametrize("counts", [(10, 3, 3, 3), (9, 6, 3, 2)])
+def test_the_live_race_does_what_the_recorded_races_do(model, runs, num_scenarios, counts):
     order = draw_orders(runs, 3, seed=5)
-    plan, budget = RacePlan((0, 1, 3), (10, 3, 3, 3)), 41.75
+    plan, budget = RacePlan((0, 1, 3), counts), 41.75
     races = RecordedRaces(model, runs, order)
     reward, spent = races.raced(plan, COST, budget=budget, num_scenarios=num_scenarios)
     sizes = set()
@@ -135,6 +136,17 @@ def test_the_live_race_does_what_the_recorded_races_do(model, runs, num_scenario
         np.testing.assert_array_equal(reward, races.planned(plan))
     else:
         assert len(sizes) > 1  # the scores changed how many went on
+
+
+def test_candidates_that_were_dropped_keep_the_innovations_they_had(model, runs):
+    course = Course(model, RacePlan((0, 1, 3), (12, 6, 4, 3)), COST, budget=80)
+    normal = model.marginals(runs.scores[:12])[:, [0, 1, 3]]
+    dropped = normal.copy()
+    dropped[3:, 2], dropped[6:, 1:] = np.nan, np.nan
+    whole, found = course.innovations(normal), course.innovations(dropped)
+    assert np.array_equal(np.isnan(found), np.isnan(dropped))
+    there = ~np.isnan(dropped)
+    np.testing.assert_allclose(found[there], whole[there], rtol=1e-12)
 
 
 @settings(max_examples=40, deadline=None)

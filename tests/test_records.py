@@ -2,8 +2,13 @@ import dataclasses
 import math
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_artifacts.errors import CalibrationError, InputError
 from moe_artifacts.records import read_records, split_parts, worst_share
@@ -112,6 +117,32 @@ def test_the_worst_share_is_of_all_images_or_of_each_prompt():
     assert worst_share(final, prompt, 0.5, "pooled").tolist() == [True] * 4 + [False] * 4
     assert worst_share(final, prompt, 0.5, "prompt").tolist() == [True, True, False, False] * 2
     assert not worst_share(np.ones(8), prompt, 0.5, "pooled").any()  # nothing is worse than the rest
+
+
+@given(
+    number=st.integers(1, 40),
+    share=st.floats(0.01, 0.99),
+    ties=st.integers(1, 40),
+    within=st.sampled_from(["pooled", "prompt"]),
+    seed=st.integers(0, 100),
+)
+def test_never_more_than_the_share_and_all_of_it_without_ties(number, share, ties, within, seed):
+    rng = np.random.default_rng(seed)
+    prompt = np.repeat([0, 1, 2], number)
+    final = rng.permutation(3 * number) // ties
+    groups = [np.arange(3 * number)] if within == "pooled" else np.split(np.arange(3 * number), 3)
+    count = [math.floor(share * len(rows) + 1e-9) for rows in groups]
+    if max(count) == 0:
+        with pytest.raises(InputError, match="less than one image: record at least"):
+            worst_share(final.astype(float), prompt, share, within)
+        return
+    bad = worst_share(final.astype(float), prompt, share, within)
+    for rows, most in zip(groups, count, strict=True):
+        assert bad[rows].sum() <= most
+        if ties == 1:
+            assert bad[rows].sum() == most
+        if bad[rows].any() and not bad[rows].all():
+            assert final[rows][bad[rows]].max() < final[rows][~bad[rows]].min()
 
 
 def test_labels_from_the_final_score_replace_the_column(tmp_path):
@@ -241,6 +272,9 @@ def test_a_posterior_outside_0_to_1_is_refused(tmp_path):
         ({"num_steps": [9, 10] * 36}, r"num_steps must be the same for all rows, got \[9.0, 10.0\]"),
         ({"calls": [2, 5, 8] * 23 + [2, 5, 9]}, "calls must be the same for all images at a step"),
         ({"score": None}, r"no column 'score'; the columns of scores are \[\]"),
+        ({"score": ["no", *["0.5"] * 71]}, "the column 'score' holds text in some row"),
+        ({"calls": [1.5, 2.5, 3.5] * 24}, r"calls must hold whole numbers, got \[1.5 2.5 3.5\]"),
+        ({"num_steps": [9.5] * 72}, "num_steps must hold whole numbers"),
         ({"label": ["no"] * 72}, "'label' must hold numbers, got string"),
         ({"step": [0.5, 1, 2] * 24}, "step must be whole numbers"),
         ({"step": [1, 4, 10] * 24}, "calls must rise from 1 to at most total_calls=10"),
@@ -260,6 +294,12 @@ def test_other_mistakes_in_a_table_are_named(tmp_path, changes, message):
         ({"total_calls": None}, "lacks total_calls"),
         ({"label": np.zeros(5)}, r"label must have shape \(24,\), one per image, got \(5,\)"),
         ({"prompt": np.array([{}] * 24, dtype=object)}, "as an npz of plain arrays"),  # a pickle
+        ({"label": np.array(["a"] * 24)}, "label must hold numbers, got an array of <U1"),
+        ({"scores": np.full((24, 3), "a")}, "scores must hold numbers, got an array of <U1"),
+        ({"total_calls": np.full(24, 9)}, r"total_calls must be one number, .* got shape \(24,\)"),
+        ({"total_calls": np.array(9.5)}, "total_calls must hold whole numbers"),
+        ({"calls": np.array(3)}, r"calls must have one dimension, got shape \(\)"),
+        ({"calls": np.array([1.2, 2.7, 3.9])}, "calls must hold whole numbers"),
     ],
 )
 def test_other_mistakes_in_an_npz_are_named(tmp_path, changes, message):
@@ -278,6 +318,39 @@ def test_what_is_no_file_of_a_known_kind_is_refused(tmp_path):
         read_records(stored(tmp_path, ".csv"), key="flux_imr_naft")
     with pytest.raises(InputError, match="not a trajectory folder"):
         read_records(tmp_path)
+
+
+def test_damaged_and_misnamed_files_are_refused_in_our_words(tmp_path):
+    path = stored(tmp_path, ".npz")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="as an npz of plain arrays: File is not a zip file"):
+        read_records(path)
+    middle = whole.index(b"scores.npy") + 400
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
+    with pytest.raises(InputError, match="as an npz of plain arrays"):
+        read_records(path)
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(InputError, match="as an npz of plain arrays"):
+        read_records(path)
+    table = pa.table(long_form(RUNS))
+    pq.write_table(table.slice(0, 0), tmp_path / "empty.parquet")
+    with pytest.raises(InputError, match="has no rows"):
+        read_records(tmp_path / "empty.parquet")
+    twice = table.append_column("score", table["score"])
+    pyarrow.csv.write_csv(twice, tmp_path / "twice.csv")
+    with pytest.raises(InputError, match="more than one column of the name 'score'"):
+        read_records(tmp_path / "twice.csv")
+
+
+@pytest.mark.parametrize("name", ["scheduler", "guidance_scale", "eta", "image_size", "denoiser", "scorer"])
+def test_runs_in_different_settings_or_of_two_scorers_are_refused(tmp_path, name):
+    first, second = trajectory(RUNS, slice(0, 12)), trajectory(RUNS, slice(12, 24))
+    first.save(tmp_path / "runs" / "a")
+    dataclasses.replace(second, meta=second.meta | {name: "another"}).save(tmp_path / "runs" / "b")
+    with pytest.raises(InputError, match=f"{name} is 'another' in part 1 and .* calibrate each setting by itself"):
+        read_records(tmp_path / "runs")
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

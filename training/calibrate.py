@@ -21,6 +21,7 @@ from moe_artifacts.accumulator import ExitHead
 from moe_artifacts.calibration import Calibration
 from moe_artifacts.config import ExitHeadConfig, LatentSpaceConfig, to_dict
 from moe_artifacts.files import atomic_path, write_json
+from moe_artifacts.guard.fingerprint import fingerprint
 from moe_artifacts.policy import Run
 from moe_artifacts.scorer import ArtifactScorer
 from training import rules
@@ -91,7 +92,8 @@ def calibrate() -> Path:
     bad_rate = train.label.mean().item()
     price = 1 / (1 - bad_rate)
     untrained = ExitHead(ExitHeadConfig(state_dim=MAIN.hidden_dim))
-    cost = check_cost(load_pipeline(), build_scorer(heads, calibration, untrained, ALL_CHECKS))
+    pipe = load_pipeline()
+    cost = check_cost(pipe, build_scorer(heads, calibration, untrained, ALL_CHECKS))
     stage.log.info("one check costs %.4f of a denoiser call", cost)
 
     found: dict[tuple[int, ...], dict[str, tuple[Candidate, float]]] = {}
@@ -114,10 +116,14 @@ def calibrate() -> Path:
     stage.log.info("checks %s, default rule %s", cheapest, default)
 
     data, run = exit_data(heads, calibration, held_out, columns), run_of(held_out, cheapest, cost)
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     setting = {
         "scheduler": "DDIMScheduler",
         "num_inference_steps": DEFAULT.steps,
         "guidance_scale": DEFAULT.guidance_scale,
+        "eta": 0.0,
+        "image_size": (side, side),
+        "denoiser": fingerprint(pipe.unet),
         "prompt_mix": PROMPT_MIX,
     }
     prompt = held_out.prompt_id.numpy()

@@ -102,7 +102,7 @@ class Audit:
             f"{found['kept']:,} kept",
             f"{found['aborts']:,} aborted, {found['audited']:,} of them finished for the audit",
             *([f"{found['rejected']:,} rejected at the last step"] if found["rejected"] else []),
-            *([f"{errors:,} with non-finite latents"] if errors else []),
+            *([f"{errors:,} with non-finite latents or scores"] if errors else []),
         ]
         labels = (
             f"{found['audited_labelled']:,} of {found['audited']:,} audited images and {found['kept_labelled']:,} of "

@@ -21,7 +21,7 @@ ENDS: dict[Status, str] = {  # of attempts that bring no image, in words
     "aborted": "aborted",
     "audited": "finished for the audit",
     "rejected": "rejected at the last step",
-    "error": "with non-finite latents",
+    "error": "with non-finite latents or scores",
 }
 
 

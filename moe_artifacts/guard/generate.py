@@ -24,7 +24,7 @@ from moe_artifacts.guard.call_settings import call_arguments, check_call, run_se
 from moe_artifacts.guard.clean_run import CleanRun, clean_run
 from moe_artifacts.guard.guard import ArtifactGuard
 from moe_artifacts.guard.output import GuardedOutput
-from moe_artifacts.guard.request import denoiser_of
+from moe_artifacts.guard.request import denoiser_of, require_steps
 from moe_artifacts.guard.run_folder import Attempt, RunWriter, Wave, image_name
 
 
@@ -68,6 +68,8 @@ def generate_clean(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check(prompts, guard, seed, images_per_prompt, batch_size, max_attempts, max_denoiser_calls)
     check_call(pipeline_kwargs, into_folder=folder is not None)
+    if (steps := pipeline_kwargs.get("num_inference_steps")) is not None:
+        require_steps(steps, pipe.scheduler.config.get("num_train_timesteps"))  # before the folder has a run
     queue = AttemptQueue(prompts, images_per_prompt, max_attempts, seed)
     spent = _Spent()
     held: dict[Place, Any] = {}

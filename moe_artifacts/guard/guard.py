@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from moe_artifacts.config import ThresholdConfig
 from moe_artifacts.errors import ConfigError, InputError, UnsupportedPipelineError
 from moe_artifacts.guard.audit_draw import AuditDraw
 from moe_artifacts.guard.conditioning import conditioning_follows
+from moe_artifacts.guard.fingerprint import fingerprint
 from moe_artifacts.guard.output import GuardedOutput
 from moe_artifacts.guard.pipelines import PipelineSpec, spec_of
 from moe_artifacts.guard.reproducible import warn_if_not_alone
@@ -118,6 +120,7 @@ class ArtifactGuard:
             truncated = truncated_prompts(pipe, request.prompts, call.arguments)
         call.arguments["return_dict"] = True  # for us; the caller gets a GuardedOutput in any case
 
+        denoiser = fingerprint(getattr(pipe, spec.denoiser))
         watch = Watch(self.scorer, self.rule, request, self._policy, truncated, loop_keeps_all=spec.keeps_batch)
         modules = [getattr(pipe, name) for name in (spec.denoiser, *spec.also)]
         output = None
@@ -134,7 +137,16 @@ class ArtifactGuard:
             _models_freed(pipe),
         ):
             output = type(pipe).__call__(*call.args, **call.kwargs)
-        return watch.finish(type(pipe.scheduler).__name__, output)
+        out = watch.finish(type(pipe.scheduler).__name__, denoiser, output)
+        if self.on_abort == "record" and self._identity is not None:
+            out.trajectory.meta["scorer"] = self._identity  # thresholds found on these records are for this one
+        return out
+
+    @functools.cached_property
+    def _identity(self) -> dict[str, str] | None:
+        """Of a scorer of ours; a function of the user's has none. Read once: the weights may be gigabytes."""
+        identity = getattr(self.scorer, "identity", None)
+        return None if identity is None else identity()
 
     def _conditioning_follows(
         self, rows: LiveRows, modules: list[nn.Module], spec: PipelineSpec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,9 @@ class Setting:
     num_inference_steps: int | None  # None: a grid of the caller's own
     guidance_scale: float
     scored_steps: tuple[int, ...]
+    eta: float | None = None  # None, here and below: not known
+    image_size: tuple[int, ...] | None = None  # height and width in pixels
+    denoiser: str | None = None  # its fingerprint
 
 
 @dataclass
@@ -66,7 +70,7 @@ class GuardedOutput:
         if rejected:
             parts.append(f"{rejected} {would}rejected at the last step")
         if errors:
-            parts.append(f"{errors} with non-finite latents")
+            parts.append(f"{errors} with non-finite latents or scores")
         if self.recorded:
             # Only an image that leaves before the last step saves any.
             left = [v.step for v in self.verdicts if v.status in ("aborted", "error") and v.step is not None]
@@ -129,7 +133,7 @@ def promise(rule: ThresholdConfig | None, setting: Setting) -> str:
 
 
 def _differences(rule: ThresholdConfig, setting: Setting) -> list[str]:
-    """Where the setting is not the one the threshold was certified in; a field it does not name is not compared."""
+    """Where the setting is not the one the threshold was certified in; what either does not know is not compared."""
     found = []
     if rule.scheduler is not None and _short(rule.scheduler) != _short(setting.scheduler):
         found.append(f"{_short(setting.scheduler)} instead of {_short(rule.scheduler)}")
@@ -140,9 +144,20 @@ def _differences(rule: ThresholdConfig, setting: Setting) -> list[str]:
         found.append(f"{steps} instead of {rule.num_inference_steps}")
     if rule.guidance_scale is not None and rule.guidance_scale != setting.guidance_scale:
         found.append(f"guidance {setting.guidance_scale:g} instead of {rule.guidance_scale:g}")
+    for name, say in _TOLD:
+        certified, now = getattr(rule, name), getattr(setting, name)
+        if certified is not None and now is not None and certified != now:
+            found.append(say(now, certified))
     if not found and rule.scored_steps is not None and rule.scored_steps != setting.scored_steps:
         found.append(f"scored steps {list(setting.scored_steps)} instead of {list(rule.scored_steps)}")
     return found
+
+
+_TOLD: tuple[tuple[str, Callable[[Any, Any], str]], ...] = (
+    ("eta", lambda now, certified: f"eta {now:g} instead of {certified:g}"),
+    ("image_size", lambda now, certified: f"size {'x'.join(map(str, now))} instead of {'x'.join(map(str, certified))}"),
+    ("denoiser", lambda now, certified: "another denoiser (weights or precision)"),
+)
 
 
 def _short(scheduler: str) -> str:

@@ -26,9 +26,10 @@ class Request:
 
     batch_size: int
     prompts: list[str] | None  # one per image; None where only embeddings were given
-    seeds: list[int | None]  # one per image, where each has a generator of its own
+    seeds: list[int | None]  # one per image, where each has a generator of its own that is as it was seeded
     num_inference_steps: int | None  # None: a grid of the caller's own, or a part of one (img2img)
     guidance_scale: float
+    eta: float  # 0 where the scheduler takes none
     output_type: str
     height: int | None  # pixels, as given or the default; None: that of an image given
     width: int | None
@@ -63,6 +64,8 @@ def read_request(
     _refuse_unsupported(asked, spec)
     _refuse_late_runge_kutta(pipe.scheduler, asked)
 
+    if not _has_own_grid(asked):
+        require_steps(asked["num_inference_steps"])
     copies = asked["num_images_per_prompt"]
     if not isinstance(copies, int) or copies < 1:
         raise InputError(f"num_images_per_prompt must be a whole number of at least 1, got {copies!r}")
@@ -80,12 +83,27 @@ def read_request(
         seeds=seeds,
         num_inference_steps=None if _has_own_grid(asked) else asked["num_inference_steps"],
         guidance_scale=_guidance_scale(asked),
+        eta=_eta(pipe.scheduler, asked),
         output_type=asked["output_type"],
         height=height,
         width=width,
         return_dict=bool(asked["return_dict"]),
         generator_kind=generator_kind,
     )
+
+
+def require_steps(steps: Any, most: int | None = None) -> None:
+    """Refuse a number of denoising steps that no run can take; above ``most`` the schedulers refuse, or repeat steps.
+
+    Raises:
+        InputError: Naming it.
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise InputError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}")
+    if most is not None and steps > most:
+        raise InputError(
+            f"num_inference_steps must be at most {most}, the steps that the pipeline was trained with, got {steps}"
+        )
 
 
 def _refuse_unsupported(asked: dict[str, Any], spec: PipelineSpec) -> None:
@@ -130,6 +148,11 @@ def _guidance_scale(asked: dict[str, Any]) -> float:
     return 1.0 if asked["guidance_scale"] is None else float(asked["guidance_scale"])
 
 
+def _eta(scheduler: Any, asked: dict[str, Any]) -> float:
+    takes = "eta" in inspect.signature(scheduler.step).parameters
+    return float(asked.get("eta") or 0.0) if takes else 0.0
+
+
 def _size(pipe: Any, spec: PipelineSpec, asked: dict[str, Any]) -> tuple[int | None, int | None]:
     control = asked.get("control_image")
     if spec.default_size == "control" and isinstance(control, torch.Tensor):
@@ -169,9 +192,15 @@ def _generators(generator: Any, batch_size: int) -> tuple[Literal["none", "singl
     if generator is None:
         return "none", [None] * batch_size
     if isinstance(generator, torch.Generator):
-        return "single", [generator.initial_seed()] if batch_size == 1 else [None] * batch_size
+        return "single", [_seed_of(generator)] if batch_size == 1 else [None] * batch_size
     if not isinstance(generator, list) or not all(isinstance(g, torch.Generator) for g in generator):
         raise InputError(f"generator must be a torch.Generator or a list of them, got {type(generator).__name__}")
     if len(generator) != batch_size:
         raise InputError(f"generator is a list of {len(generator)}, expected {batch_size}: one per image")
-    return "list", [g.initial_seed() for g in generator]
+    return "list", [_seed_of(g) for g in generator]
+
+
+def _seed_of(generator: torch.Generator) -> int | None:
+    """The seed, if it makes the image again; None for a generator from which numbers have been drawn."""
+    fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+    return generator.initial_seed() if torch.equal(fresh.get_state(), generator.get_state()) else None

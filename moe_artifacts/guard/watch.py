@@ -107,10 +107,24 @@ class Watch:
         staying = [k for k, i in enumerate(alive) if self._status(i) in FINISHED]
         return None if len(staying) == len(alive) else torch.tensor(staying, dtype=torch.int64)
 
-    def finish(self, scheduler: str, output: Any) -> GuardedOutput:
-        """The record of the run; ``output`` is the pipeline's, None if it was stopped because no row was left."""
+    def finish(self, scheduler: str, denoiser: str | None, output: Any) -> GuardedOutput:
+        """The record of the run.
+
+        Args:
+            scheduler: Its class.
+            denoiser: Its fingerprint.
+            output: The pipeline's, None if it was stopped because no row was left.
+        """
         request, size = self._request, self._request.batch_size
-        setting = Setting(scheduler, request.num_inference_steps, request.guidance_scale, tuple(self._checks))
+        setting = Setting(
+            scheduler=scheduler,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            scored_steps=tuple(self._checks),
+            eta=request.eta,
+            image_size=self._image_size() if self._num_steps else None,
+            denoiser=denoiser,
+        )
         if output is None:
             images, nsfw = self._no_images(), None
         else:
@@ -211,9 +225,13 @@ class Watch:
         return self._policy.audit.takes(image, self._request.seeds[image], self._prompts[image])
 
     def _no_images(self) -> Any:
+        return no_images(self._request.output_type, self._no_latents, self._image_size())
+
+    def _image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
         height, width = self._unpacked(self._no_latents).shape[2:]
         pixels = self._config.latent_space.downsampling
-        return no_images(self._request.output_type, self._no_latents, (height * pixels, width * pixels))
+        return height * pixels, width * pixels
 
     def _unpacked(self, latents: Tensor) -> Latents:
         return unpack(latents, self._config.latent_space, self._request.height, self._request.width)

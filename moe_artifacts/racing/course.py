@@ -84,9 +84,13 @@ class Course:
         return (*counts[:wave], *chosen)
 
     def innovations(self, normal: Float[np.ndarray, "image check"]) -> Float[np.ndarray, "image check"]:
-        """Normal scores at the first checks as numbers of variance 1, independent within a prompt of the fitted spread."""
+        """Normal scores at the first checks as numbers of variance 1, independent within a prompt of the fitted spread.
+
+        NaN from the first check on at which a score is missing: the innovations before it do not depend on it.
+        """
         checks = normal.shape[1]
-        return normal @ self.whiten[:checks, :checks].T
+        gone = np.isnan(normal).cumsum(axis=1) > 0
+        return np.where(gone, np.nan, np.nan_to_num(normal) @ self.whiten[:checks, :checks].T)
 
 
 def spread(innovations: Float[np.ndarray, "candidate check"]) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_artifacts.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_state_strict, read_config, read_weights, save_state
 from moe_artifacts.config import ThresholdConfig, to_dict
 from moe_artifacts.errors import InputError
-from moe_artifacts.files import write_json
+from moe_artifacts.files import read_json, write_json
 from moe_artifacts.noise import progress
 from moe_artifacts.scalar.config import FittedStepsConfig, ScalarConfig
 from moe_artifacts.scalar.exit import ScalarExit
@@ -57,6 +57,16 @@ def load(folder: str | os.PathLike[str]) -> tuple[ScalarConfig, ScalarPosterior 
     head = ScalarExit()
     load_state_strict(head, {n: torch.from_numpy(v).float() for n, v in _named(state, EXIT).items()}, os.fspath(folder))
     return config, posterior, head.eval().requires_grad_(False)
+
+
+def is_scalar(config: Path) -> bool:
+    """Whether a ``config.json`` is that of a scalar scorer, judged by its keys; not if it is missing.
+
+    Raises:
+        InputError: If it is no JSON.
+    """
+    values = read_json(config) if config.is_file() else None
+    return isinstance(values, dict) and "experts" not in values
 
 
 def write_calibration(folder: str | os.PathLike[str], found: Calibrated) -> Path:

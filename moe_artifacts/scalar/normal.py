@@ -13,6 +13,7 @@ from moe_artifacts.errors import CalibrationError
 NUM_KNOTS = 33  # quantiles that a map goes through
 RESOLUTION = 1e-9  # of a column, relative
 SMALLEST_SPREAD = 1e-100  # slopes stay far from the largest float
+SHARES = (np.arange(NUM_KNOTS) + 0.5) / NUM_KNOTS
 LIMIT = 8.0  # of a normal score: beyond the fitted scores the slope is a guess
 
 
@@ -30,12 +31,11 @@ class NormalScores:
         Raises:
             CalibrationError: If a column has one value only.
         """
-        share = (np.arange(NUM_KNOTS) + 0.5) / NUM_KNOTS
         value, normal = np.empty((columns.shape[1], NUM_KNOTS)), np.empty((columns.shape[1], NUM_KNOTS))
         for k, column in enumerate(columns.T):
-            quantiles = np.quantile(column[~np.isnan(column)], share)
+            quantiles = _quantiles(column)
             spread = quantiles[-1] - quantiles[0]
-            if spread <= max(RESOLUTION * np.abs(quantiles).max(), SMALLEST_SPREAD):
+            if _is_constant(quantiles):
                 raise CalibrationError(
                     f"column {k} of the scores is {quantiles[0]:g} in nearly all images and tells nothing: leave this step out"
                 )
@@ -45,7 +45,7 @@ class NormalScores:
             knots = quantiles[first]
             last = np.minimum(np.arange(NUM_KNOTS), len(knots) - 1)
             value[k] = knots[last]
-            normal[k] = (np.bincount(where, weights=ndtri(share)) / count)[last]  # equal scores share their mean
+            normal[k] = (np.bincount(where, weights=ndtri(SHARES)) / count)[last]  # equal scores share their mean
         return cls(value, normal)
 
     def __call__(self, columns: Float[np.ndarray, "image column"]) -> Float[np.ndarray, "image column"]:
@@ -59,6 +59,20 @@ class NormalScores:
     def inverse(self, column: int, normal: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
         """Normal scores of one column back to its own scale."""
         return _rising(normal, self.normal[column], self.value[column])
+
+
+def tells_nothing(scores: Float[np.ndarray, " image"]) -> bool:
+    """Whether a column has one value in nearly all images, so that ``NormalScores.fit`` refuses it; NaN left out."""
+    return bool(np.isnan(scores).all()) or _is_constant(_quantiles(scores))
+
+
+def _quantiles(column: Float[np.ndarray, " image"]) -> Float[np.ndarray, " knot"]:
+    return np.quantile(column[~np.isnan(column)], SHARES)
+
+
+def _is_constant(quantiles: Float[np.ndarray, " knot"]) -> bool:
+    spread = quantiles[-1] - quantiles[0]
+    return bool(spread <= max(RESOLUTION * np.abs(quantiles).max(), SMALLEST_SPREAD))
 
 
 def _rising(x: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@
 
 ``meta.json`` of a trajectory also holds
 
-    setting     scheduler (class), num_inference_steps, guidance_scale
+    setting     scheduler (class), num_inference_steps, guidance_scale, eta, image_size, denoiser (fingerprint)
     pipeline    class;  model: as it was named
     judge       as it was named
     margin      of each image: how far it is from the judge's threshold, above 0 bad; where the judge has one

@@ -41,6 +41,9 @@ class Sampling:
     num_inference_steps: int | None  # as asked for
     guidance_scale: float | None
     num_steps: int  # denoiser calls
+    eta: float | None = None
+    image_size: tuple[int, ...] | None = None  # height and width in pixels
+    denoiser: str | None = None  # its fingerprint
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,11 @@ def sampling_of(*splits: EmbeddedRows) -> Sampling:
         )
     ((text, steps),) = found
     setting = json.loads(text) if text else {}
-    names = ("scheduler", "num_inference_steps", "guidance_scale")
-    return Sampling(**{name: setting.get(name) for name in names}, num_steps=steps)
+    names = ("scheduler", "num_inference_steps", "guidance_scale", "eta", "denoiser")
+    size = setting.get("image_size")
+    return Sampling(
+        **{name: setting.get(name) for name in names}, image_size=None if size is None else tuple(size), num_steps=steps
+    )
 
 
 def require_trained_levels(data: HeadData, facts: HeadFacts, name: str) -> None:
@@ -180,6 +186,9 @@ def calibrate_for(
         "scheduler": sampling.scheduler,
         "num_inference_steps": sampling.num_inference_steps or sampling.num_steps,
         "guidance_scale": sampling.guidance_scale,
+        "eta": sampling.eta,
+        "image_size": sampling.image_size,
+        "denoiser": sampling.denoiser,
         "prompt_mix": prompt_mix,
     }
     thresholds = {}

@@ -166,7 +166,7 @@ class PipelineRecorder:
         with self._set(setting), half, torch.no_grad():
             output = guard(self._pipe, **call)
         images, recorded = output.images.float().cpu(), output.trajectory
-        sampled = ("scheduler", "num_inference_steps", "guidance_scale")
+        sampled = ("scheduler", "num_inference_steps", "guidance_scale", "eta", "image_size", "denoiser")
         meta = recorded.meta | {
             "pipeline": type(self._pipe).__name__,
             "setting": {name: recorded.meta[name] for name in sampled},
