@@ -27,18 +27,21 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def save_checkpoint(folder: str | os.PathLike[str], config: ScorerConfig, state: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint; each of its two files is replaced in one move, the weights first.
+    """Write a checkpoint. The config goes before other weights come, and comes last: what is half replaced does not load.
 
     Raises:
         CheckpointError: If a weight is not finite.
     """
-    save_state(Path(folder, WEIGHTS_NAME), state)
+    save_state(Path(folder, WEIGHTS_NAME), state, makes_void=Path(folder, CONFIG_NAME))
     write_json(Path(folder, CONFIG_NAME), to_dict(config))
 
 
-def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
+def save_state(path: Path, state: Mapping[str, Tensor], makes_void: Path | None = None) -> None:
     """Write finite tensors to a safetensors file.
 
+    Args:
+        makes_void: A file that belongs to the tensors that are replaced; removed once the new ones are written, just before
+            they appear.
     Raises:
         CheckpointError: If one is not finite.
     """
@@ -49,6 +52,8 @@ def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
     }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+        if makes_void is not None:
+            makes_void.unlink(missing_ok=True)
 
 
 def load_checkpoint(

@@ -22,6 +22,7 @@ from moe_artifacts.audit.rates import Tally
 from moe_artifacts.calibrated import RISK_WORDS
 from moe_artifacts.config import ThresholdConfig
 from moe_artifacts.errors import CheckpointError, InputError
+from moe_artifacts.guard.run_folder import read_run
 from tests.runs import RULE, made_up_run
 
 # Two images of each prompt were asked for: attempts 2 and later stand in for those that were not kept.
@@ -250,6 +251,9 @@ def test_what_a_safety_checker_painted_over_is_not_judged(folder, judge, tmp_pat
     wave["attempts"][0]["nsfw_content_detected"] = True
     (folder / "waves" / "000000.json").write_text(json.dumps(wave))
     assert audit([folder], judge="fashion").all[0].kept_labelled == 1
+    labels = labels_of(folder, "10", tmp_path / "labels.csv")
+    (found,) = audit([folder], labels=labels).all
+    assert (found.kept_labelled, found.kept_clean) == (1, 1)
 
 
 def test_a_judge_refuses_what_it_cannot_look_at(tmp_path, judge):
@@ -301,6 +305,19 @@ def test_images_that_are_there_twice_are_refused(folder, tmp_path):
     assert audit([folder, tmp_path / "other"]).all[0].kept == 12
 
 
+def sampled_as(folder, **changes):
+    """The same waves, made in another setting."""
+    for path in (folder / "waves").iterdir():
+        wave = json.loads(path.read_text())
+        path.write_text(json.dumps(wave | {"setting": wave["setting"] | changes}))
+    return folder
+
+
+def test_images_of_two_models_of_one_name_are_not_the_same(folder, tmp_path):
+    other = sampled_as(shutil.copytree(folder, tmp_path / "other"), denoiser="43aa37edcee1b0e6")
+    assert audit([folder, other]).all[0].kept == 12
+
+
 # --- how it reads ----------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +327,21 @@ def test_a_promise_that_is_broken_is_called_broken(hundred, tmp_path):
     low = 100 * found.promised.low
     assert f"verdict        BROKEN: clean images aborted at least {low:.1f} %, at most 5 % promised" in found.text()
     assert found.promised.value == pytest.approx(0.2)
+
+
+def test_runs_in_another_setting_neither_keep_nor_break_the_promise(tmp_path):
+    rule = dataclasses.replace(RULE, num_inference_steps=6)
+    runs = [
+        made_up_run(tmp_path / name, {"a bag": "u" * 20 + "k" * 80}, rule=rule, seed=n) for n, name in enumerate("ab")
+    ]
+    labels = table(tmp_path / "labels.csv", [(f"{run}/{a.file}", 0) for run in runs for a in read_run(run).attempts])
+    assert audit(runs, labels=labels).reading == "broken"
+    sampled_as(runs[1], num_inference_steps=4)
+    found = audit(runs, labels=labels)
+    assert found.reading == "nothing to compare with"
+    assert found.summary()["uncertified"] == {str(runs[1]): ["4 steps instead of 6"]}
+    told = f"certified for another setting: {runs[1]} has 4 steps instead of 6; audit the other runs without it"
+    assert told in found.text() and "clean images aborted" in found.text()
 
 
 def test_a_promise_that_is_kept_is_called_kept(hundred, tmp_path):

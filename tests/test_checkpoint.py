@@ -92,6 +92,24 @@ def test_a_failed_save_leaves_the_old_checkpoint(folder):
     assert load_checkpoint(folder)[0] == CONFIG
 
 
+@pytest.mark.parametrize("fails", ["save_file", "write_json"])
+def test_a_save_that_ends_half_way_leaves_the_old_checkpoint_or_none(folder, monkeypatch, fails):
+    other = {name: value + 1 for name, value in STATE.items()}
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, fails, killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(folder, CONFIG, other)
+    if fails == "save_file":
+        assert all(torch.equal(value, STATE[name]) for name, value in load_checkpoint(folder)[1].items())
+    else:  # never the new weights with the old threshold
+        with pytest.raises(CheckpointError, match="damaged or incomplete checkpoint"):
+            load_checkpoint(folder)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_refused(folder, value):
     save_file({"head.bias": torch.tensor([0.0, value], dtype=torch.float16)}, folder / "model.safetensors")

@@ -63,13 +63,13 @@ def test_fills_a_folder_that_the_audit_reads(scorer, tmp_path):
 
 
 def test_takes_prompts_from_a_file_and_settings_from_the_command(scorer, tmp_path):
-    (tmp_path / "prompts.txt").write_text("\ufeffa bag\n\n  ein Schuh f\u00fcr 5 \u20ac \r\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("\ufeffa\u2028bag\n\n  ein Schuh f\u00fcr 5 \u20ac \r\n", encoding="utf-8")
     arguments = ["--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "run", "--batch-size", 2]
     limits = ["--steps", 4, "--guidance-scale", 3, "--max-attempts", 1, "--on-abort", "mask", "--dtype", "bfloat16"]
     done = run("generate", *arguments, *limits)
     assert done.exit_code == 0
     record = read_run(tmp_path / "run")
-    assert record.settings["prompts"] == ["a bag", "ein Schuh f\u00fcr 5 \u20ac"]
+    assert record.settings["prompts"] == ["a\u2028bag", "ein Schuh f\u00fcr 5 \u20ac"]
     assert record.settings["call"] == {"num_inference_steps": 4, "guidance_scale": 3}
     assert record.settings["dtype"] == "bfloat16"
     assert "1 of 2 images in 2 attempts and 1 waves: 1 aborted" in done.stdout

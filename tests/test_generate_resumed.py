@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -113,7 +114,7 @@ def test_a_run_may_go_on_with_another_batch_size(whole, tmp_path):
     ("changes", "named"),
     [
         ({"num_inference_steps": 5}, "call.num_inference_steps 5 instead of 4"),
-        ({"prompts": PROMPTS[:2]}, r"prompts\[2\] None instead of 'shirt'"),
+        ({"prompts": PROMPTS[:2]}, r"prompts\[2\] not given instead of 'shirt'"),
         ({"images_per_prompt": 3}, "images_per_prompt 3 instead of 2"),
         ({"seed": 1}, "seed 1 instead of 0"),
         ({"guard": ArtifactGuard(ContentScorer(), threshold=0.4, audit_rate=0.3)}, "rule.threshold 0.4 instead of 0.5"),
@@ -130,6 +131,45 @@ def test_a_run_with_other_settings_is_refused(whole, tmp_path, changes, named):
     with pytest.raises(InputError, match=f"holds a run with other settings: .*{named}"):
         generate(pipe=pipe, folder=folder, **{"guard": guard()} | given)
     check(folder, whole)
+
+
+def test_a_run_of_another_model_under_the_same_name_is_refused(whole, tmp_path):
+    folder, pipe = copy_of(whole, tmp_path), tiny.stable_diffusion()
+    pipe = type(pipe)(**pipe.components | {"unet": copy.deepcopy(pipe.unet)}, requires_safety_checker=False)
+    with torch.no_grad():
+        pipe.unet.conv_out.weight *= 1.05
+    with pytest.raises(InputError, match="holds a run of another denoiser"):
+        generate(pipe=pipe, guard=guard(), folder=folder)
+    check(folder, whole)
+
+
+@pytest.mark.parametrize("into_folder", [False, True])
+def test_a_wave_that_the_pipeline_interrupts_is_made_again(whole, tmp_path, into_folder):
+    calls = []
+
+    def stop(pipe, i, t, tensors):
+        calls.append(i)
+        pipe._interrupt = len(calls) == 6  # in the second wave
+        return {}
+
+    folder = tmp_path / "run" if into_folder else None
+    run = generate(guard=guard(), folder=folder, callback_on_step_end=stop)
+    assert run.interrupted and len(run.waves) == 1 and len(calls) == 6
+    assert "as the run was interrupted" in run.report()
+    if into_folder:
+        assert len(read_run(folder).waves) == 1
+        assert sum(len(a.name) > 0 for a in (folder / "images").iterdir()) == len(run.images)
+
+
+def test_what_is_ours_to_give_may_be_none(tmp_path):
+    first = generate(["a bag"], 1, folder=tmp_path / "run", generator=None, latents=None, num_images_per_prompt=None)
+    again = generate(["a bag"], 1, folder=tmp_path / "run")
+    assert [a.seed for a in again.attempts] == [a.seed for a in first.attempts]
+    with pytest.raises(InputError, match=r"call\.eta 0\.5 instead of not given"):
+        generate(["a bag"], 1, folder=tmp_path / "run", eta=0.5)
+    with pytest.raises(InputError, match="texts that UTF-8 can hold"):
+        generate(["a \udcff bag"], 1, folder=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_error_in_a_wave_leaves_a_folder_that_can_go_on(whole, tmp_path):

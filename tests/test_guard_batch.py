@@ -123,5 +123,8 @@ def test_only_kept_images_come_back_from_a_run_that_a_callback_interrupts(on_abo
 
     everything = unwatched(callback_on_step_end=stop, guidance_scale=1.0)
     output, _ = watched(tiny.ScriptedScorer({0: 0, 2: 1}), on_abort, options=options, callback_on_step_end=stop)
-    assert output.kept_indices == [1, 3]
+    assert output.kept_indices == [1, 3] and output.interrupted
+    assert (
+        output.report().splitlines()[0].endswith("INTERRUPTED before the last step, so what was kept is not finished")
+    )
     torch.testing.assert_close(output.images, everything[[1, 3]], atol=ATOL, rtol=0)

@@ -74,10 +74,11 @@ def test_the_flags_of_the_safety_checker_are_those_of_the_kept_images():
 
     pipe = tiny.stable_diffusion()
     pipe.run_safety_checker = flag_image_1_and_2
-    for options in ({}, {"audit_rate": 1.0}):
+    for options, of_audited in (({}, []), ({"audit_rate": 1.0}, [False, True])):
         output = ArtifactGuard(tiny.ScriptedScorer({0: 1, 2: 3}), **options)(pipe, PROMPTS, **settings())
         assert output.kept_indices == [1, 3]
         assert output.nsfw_content_detected == [True, False]
+        assert output.audited_nsfw == of_audited
     assert guarded(tiny.ScriptedScorer()).nsfw_content_detected is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from moe_artifacts.config import ExitHeadConfig, LatentSpaceConfig
 from moe_artifacts.errors import CalibrationError, ConfigError, InputError
 from moe_artifacts.files import read_json, write_json
 from moe_artifacts.guard.guard import ArtifactGuard
+from moe_artifacts.latent_spaces import LATENT_SPACES
 from moe_artifacts.policy import Run, abort_columns
 from moe_artifacts.preview import LinearPreview
 from moe_artifacts.scorer import ArtifactScorer
@@ -38,7 +40,13 @@ from training.own import train as own_train
 from training.own.choose import Sampling, calibrate_for, check_progress_of, require_trained_levels, sampling_of
 from training.own.cost import measure_check_cost
 from training.own.evaluate import read_test_set
-from training.own.heads_folder import read_heads, require_same_embedder
+from training.own.heads_folder import (
+    read_facts,
+    read_heads,
+    require_new_prompts,
+    require_same_embedder,
+    require_unseen,
+)
 from training.rules import (
     Promise,
     candidates,
@@ -212,6 +220,42 @@ def test_the_price_of_a_check_is_measured_and_nothing_stays_behind(road: Road) -
     cost = measure_check_cost(pipe, scorer, ["a coat"] * 2, {"num_inference_steps": 6, "guidance_scale": 1.5})
     assert 0 < cost < 100
     assert not pipe.unet._forward_hooks and not pipe.unet._forward_pre_hooks
+
+
+def test_images_that_the_heads_have_seen_certify_nothing(
+    road: Road, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*road.arguments(tmp_path / "scorer"), "--check-cost", "0.05", "--max-risk", "0.1"]
+    embedded = Path(options[0])
+
+    def refusal(**replaced: str) -> str:
+        folder = tmp_path / "embedded"
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in ("train", "validation", "calibration"):
+            shutil.copytree(embedded / replaced.get(name, name), folder / name)
+        assert own.main([str(folder), *options[1:]]) == 2
+        return capsys.readouterr().err
+
+    assert "are the same images: embed train and calibration each from its own" in refusal(calibration="train")
+    assert "are the same images: embed validation and calibration" in refusal(calibration="validation")
+    other = EmbeddedRows(embedded / "train")
+    other.meta = {**other.meta, "source": {"another": 1}}  # as if it were embedded from other files
+    with pytest.raises(InputError, match="the heads were trained on"):
+        require_unseen(other, read_facts(road.heads))
+    rows = {name: EmbeddedRows(embedded / name) for name in ("train", "validation", "calibration")}
+    require_new_prompts(rows)
+    with pytest.raises(InputError, match=r"prompts of the calibration images are those of train too, the first is '"):
+        require_new_prompts(rows | {"calibration": rows["train"]})
+
+
+def test_a_preview_of_another_latent_space_is_refused(
+    road: Road, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "other.safetensors"
+    ArtifactScorer.from_pretrained(road.source).preview.save(file, LATENT_SPACES["sdxl"], {})
+    options = ["--preview", str(file), "--check-cost", "0.05", "--max-risk", "0.1"]
+    assert own.main([*road.arguments(tmp_path), *options]) == 2
+    assert "the preview was made for the latent space 'sdxl', and the pipeline has another" in capsys.readouterr().err
 
 
 def test_several_settings_cannot_share_a_threshold(tmp_path: Path) -> None:

@@ -560,7 +560,7 @@ def test_no_two_images_have_the_same_noise(seed, images):
         ({"counts": {"eval": 3}}, "counts must be of train"),
         ({"counts": {"train": -1}}, "got train=-1"),
         ({"batch": 0}, "batch must be at least 1"),
-        ({"checks": 0}, "checks must be at least 1"),
+        ({"checks": 1}, "checks must be at least 2"),
         ({"images_per_prompt": 0}, "images_per_prompt"),
     ],
 )

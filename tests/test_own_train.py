@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from training.heads import HeadRecipe, Heads, HeadSpace, iter_states, sequence
 from training.own import train as own
 from training.own.heads_folder import read_heads
 from training.posterior import Targets, posterior_auroc, validation_figures
+from training.row_jobs import META
 
 NAN = math.nan
 SMALL = dataclasses.replace(
@@ -242,6 +245,15 @@ def test_a_mistake_in_the_options_leaves_the_folder_free(embedded: Path, tmp_pat
     assert not (tmp_path / "heads").exists()
     assert own.main([*command, "--log-snr-range", "-5.5", "6"]) == 0
     assert read_heads(tmp_path / "heads")[1].space.log_snr_range == (-5.5, 6.0)
+
+
+def test_the_same_images_to_train_and_to_stop_on_are_refused(embedded: Path, tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        shutil.copytree(embedded / "train", tmp_path / "embedded" / name)
+        meta = tmp_path / "embedded" / name / META
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"source": {"files": "the same"}}))
+    with pytest.raises(InputError, match="are the same images: embed train and validation each from its own"):
+        own.train(tmp_path / "embedded", tmp_path / "heads")
 
 
 def test_embeddings_of_two_embedders_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import types
 import warnings
 
 import pytest
@@ -23,9 +24,12 @@ from tests.guarded import PROMPTS, guarded, settings, undisturbed
 class DPMSolverSDEScheduler:
     """Stands for the one of diffusers, which needs the package torchsde."""
 
+    def __init__(self, noise_sampler_seed=None):
+        self.config = types.SimpleNamespace(noise_sampler_seed=noise_sampler_seed)
+
 
 def request(kind, batch_size=4):
-    return Request(batch_size, None, [None] * batch_size, 6, 1.0, "pt", 16, 16, True, kind)
+    return Request(batch_size, None, [None] * batch_size, 6, 1.0, 0.0, "pt", 16, 16, True, kind)
 
 
 def warned(scheduler, kind="single", eta=0.0, batch_size=4):
@@ -67,6 +71,9 @@ def test_the_warning_says_what_is_wrong_and_what_to_do():
 def test_a_scheduler_with_a_noise_of_its_own_has_none_per_image():
     [text] = warned(DPMSolverSDEScheduler(), "list")
     assert "DPMSolverSDEScheduler draws its noise for the whole batch, whatever the generators" in text
+    [text] = warned(DPMSolverSDEScheduler(), "list", batch_size=1)
+    assert "draws a seed from torch's global generator; make it with a noise_sampler_seed" in text
+    assert warned(DPMSolverSDEScheduler(3), "list", batch_size=1) == []
 
 
 def test_the_guard_warns_its_caller_once_and_the_kept_images_are_right():

@@ -97,7 +97,7 @@ def test_what_was_written_is_read(run):
     assert record.attempts == [*FIRST, *SECOND]
     assert [(w.steps_run, w.steps_full, w.setting) for w in record.waves] == [(15, 18, SETTING), (10, 12, SETTING)]
     assert record.settings == settings(call={"num_inference_steps": 6, "size": [16, 16]})
-    assert (record.rule, record.setting) == (RULE, SETTING)
+    assert record.rule == RULE and {wave.setting for wave in record.waves} == {SETTING}
     assert sorted(files(run)) == [
         "audited/p00001-a0000.png",
         "images/p00000-a0000.png",
@@ -112,7 +112,7 @@ def test_what_was_written_is_read(run):
 def test_a_run_without_a_wave_is_a_run(tmp_path):
     with RunWriter(tmp_path, settings()):
         record = read_run(tmp_path)
-    assert (record.attempts, record.setting) == ([], None)
+    assert (record.attempts, record.waves) == ([], [])
 
 
 def test_an_image_says_what_makes_it_again(run):
@@ -188,7 +188,7 @@ def test_a_wave_whose_images_cannot_be_written_is_not_committed(run):
         ({"call": {"num_inference_steps": 6, "size": (16, 32)}}, r"call.size\[1\] 32 instead of 16"),
         ({"scheduler": {"_class_name": "DDIMScheduler", "beta_start": 0.1}}, "scheduler.beta_start 0.1 instead of"),
         ({"prompts": [*PROMPTS[:2], "a coat"]}, r"prompts\[2\] 'a coat' instead of 'a bag'"),
-        ({"prompts": [*PROMPTS, "a coat"]}, r"prompts\[3\] 'a coat' instead of None"),
+        ({"prompts": [*PROMPTS, "a coat"]}, r"prompts\[3\] 'a coat' instead of not given"),
         ({"rule": to_dict(dataclasses.replace(RULE, threshold=0.4))}, "rule.threshold 0.4 instead of 0.5"),
         ({"prompts": ["x"] * 90}, "and 85 more"),
     ],

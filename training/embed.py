@@ -82,9 +82,10 @@ class Embed:
 
     @torch.no_grad()
     def __call__(self, shard: int) -> ShardRows:
-        self.embedder.to(self.device)
+        device = checked_device(self.device)  # not before: where Ray is started there may be no such device
+        self.embedder.to(device)
         if self.preview is not None:
-            self.preview.to(self.device)
+            self.preview.to(device)
         result = ShardRows(COLUMNS)
         images = self.source.images(shard, self.batch)
         in_batches(images, self.batch, self._batch, result, key=lambda image: image.key)
@@ -228,7 +229,9 @@ class _FromArguments(Embed):
         embedder, preview = load_embedder(args.embedder, args.pretrained)
         if args.preview is not None or source.kind == "previews" or preview is None:
             preview = load_preview(args.preview, source.kind)
-        super().__init__(source, embedder, preview, args.batch, str(checked_device(args.device)))
+        if not args.ray:
+            checked_device(args.device)
+        super().__init__(source, embedder, preview, args.batch, args.device)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _FromArguments, (self.args,)

@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from moe_artifacts import bundled
+from moe_artifacts.embedder import state_sha256
 from moe_artifacts.errors import InputError
 from moe_artifacts.files import read_json
 from moe_artifacts.judge import ManifoldJudge, class_in, load_judge
@@ -208,6 +209,10 @@ class ManifoldLabels:
 
     def __init__(self, judge: ManifoldJudge, class_of: Callable[[str], int | None]) -> None:
         self._judge, self._class_of = judge, class_of
+
+    def sha256(self) -> str:
+        """Of the judge's weights: a file of the same name may hold another one tomorrow."""
+        return state_sha256(self._judge.state_dict())
 
     def __call__(self, images: FinishedImages, prompts: Sequence[str]) -> PerImage:
         margin = self.margin(images, prompts)

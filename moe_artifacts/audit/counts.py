@@ -103,11 +103,11 @@ def _kinds(attempt: Attempt, label: int | None) -> list[str]:
 
 def _refuse_repeats(runs: Sequence[RunRecord]) -> None:
     """Doubled images would count as evidence twice."""
-    seen: dict[tuple[str, str, int], Path] = {}
+    seen: dict[tuple[str, str | None, str, int], Path] = {}
     for run in runs:
         made_by = json.dumps([run.settings[name] for name in ("pipeline", "model", "scheduler", "call")])
-        for attempt in run.attempts:
-            first = seen.setdefault((made_by, attempt.prompt, attempt.seed), run.folder)
+        for denoiser, attempt in ((wave.setting.denoiser, attempt) for wave in run.waves for attempt in wave.attempts):
+            first = seen.setdefault((made_by, denoiser, attempt.prompt, attempt.seed), run.folder)
             if first is not run.folder:
                 raise InputError(
                     f"{first} and {run.folder} hold the same images, the first of {attempt.prompt!r} with seed "

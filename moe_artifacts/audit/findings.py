@@ -14,7 +14,7 @@ from moe_artifacts.audit.labels import judge_labels, read_labels
 from moe_artifacts.audit.rates import Measure, Rate, Tally, false_abort_rate, miss_rate, more_audits, wrong_abort_share
 from moe_artifacts.config import ThresholdConfig
 from moe_artifacts.errors import InputError
-from moe_artifacts.guard.output import promise
+from moe_artifacts.guard.output import promise, setting_differences
 from moe_artifacts.guard.run_folder import RunRecord
 
 Reading = Literal["kept", "broken", "not enough audits", "nothing to compare with"]
@@ -53,11 +53,21 @@ class Audit:
     def reading(self) -> Reading:
         """Whether the promise is kept; "kept" and "broken" only where all of the interval is on that side."""
         rate, max_risk = self.promised, self.rule.max_risk
-        if rate is None or max_risk is None:
+        if rate is None or max_risk is None or self.uncertified:
             return "nothing to compare with"
         if rate.low > max_risk:
             return "broken"
         return "kept" if rate.high <= max_risk else "not enough audits"
+
+    @property
+    def uncertified(self) -> dict[str, list[str]]:
+        """Folders of runs that were not sampled as the promise says, and what is different there."""
+        found: dict[str, list[str]] = {}
+        for run in self.runs:
+            told = dict.fromkeys(text for wave in run.waves for text in setting_differences(run.rule, wave.setting))
+            if told:
+                found[str(run.folder)] = list(told)
+        return found
 
     @property
     def missing_audits(self) -> int | None:
@@ -78,6 +88,7 @@ class Audit:
             "rule": dataclasses.asdict(self.rule),
             "confidence": self.confidence,
             "reading": self.reading,
+            "uncertified": self.uncertified,
             "missing_audits": self.missing_audits,
             **{
                 name: {
@@ -108,7 +119,7 @@ class Audit:
             f"{found['audited_labelled']:,} of {found['audited']:,} audited images and {found['kept_labelled']:,} of "
             f"{found['kept']:,} kept ones, from {self.labels.source}"
         )
-        promises = {promise(run.rule, run.setting): None for run in self.runs if run.setting is not None}
+        promises = dict.fromkeys(promise(run.rule, wave.setting) for run in self.runs for wave in run.waves)
         return [
             f"{'runs':15}{', '.join(str(run.folder) for run in self.runs)}",
             f"{'images':15}{found['kept'] + found['aborts'] + found['rejected'] + errors:,}: {'; '.join(parts)}",
@@ -133,6 +144,10 @@ class Audit:
             return f"{self.reading}: the threshold does not come from a calibration, so it promises nothing"
         if rate is None:
             return f"{self.reading}: the promise is about {rule.risk}, which an audit of single images does not measure"
+        if self.uncertified:
+            told = "; ".join(f"{folder} has {', '.join(texts)}" for folder, texts in self.uncertified.items())
+            advice = "; audit the other runs without it" if len(self.uncertified) < len(self.runs) else ""
+            return f"{self.reading}: the threshold is certified for another setting: {told}{advice}"
         title = MEASURES[rule.risk][0]
         promised = f"at most {100 * rule.max_risk:g} % promised"
         if self.reading == "kept":

@@ -42,7 +42,15 @@ def read_labels(path: str | os.PathLike[str], runs: Sequence[RunRecord]) -> Labe
         if image in found:
             raise InputError(f"{path}: {file!r} is there twice; keep one row of each image")
         found[image] = _label(value, f"{path}: artifact of {file!r}")
-    return Labels(source=str(path), artifact={image: label for image, label in found.items() if label is not None})
+    # A safety checker paints black what it flags: nobody can say whether that is an artifact.
+    black = {
+        (place, attempt.file)
+        for place, run in enumerate(runs)
+        for attempt in run.attempts
+        if attempt.nsfw_content_detected
+    }
+    known = {image: label for image, label in found.items() if label is not None and image not in black}
+    return Labels(source=str(path), artifact=known)
 
 
 def judge_labels(name: str, runs: Sequence[RunRecord]) -> Labels:
@@ -59,7 +67,6 @@ def judge_labels(name: str, runs: Sequence[RunRecord]) -> Labels:
     for place, run in enumerate(runs):
         for attempt in run.attempts:
             number = classes[attempt.prompt]
-            # A safety checker paints black what it flags.
             if attempt.file is not None and number is not None and not attempt.nsfw_content_detected:
                 images.append((place, attempt.file))
                 numbers.append(number)

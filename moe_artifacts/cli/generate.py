@@ -89,7 +89,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
     if file is None:
         return given or []
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines knows eight more ends of a line
     except UnicodeDecodeError as error:
         raise InputError(f"{file} must be a text file in UTF-8: {error}") from error
     texts = [line.strip() for line in lines if line.strip()]

@@ -21,7 +21,7 @@ from moe_artifacts.errors import InputError
 from moe_artifacts.guard.guard import ArtifactGuard
 from moe_artifacts.guard.run_folder import FORMAT_VERSION
 
-_OURS = {
+OURS = {
     "prompt": "give prompts",
     "num_images_per_prompt": "give images_per_prompt",
     "generator": "every image has a generator of its own, made from seed",
@@ -39,8 +39,8 @@ def check_call(arguments: Mapping[str, Any], *, into_folder: bool) -> None:
     for name, value in arguments.items():
         if value is None:
             continue
-        if name in _OURS:
-            raise InputError(f"{name} cannot be given to generate_clean: {_OURS[name]}")
+        if name in OURS:
+            raise InputError(f"{name} cannot be given to generate_clean: {OURS[name]}")
         if "prompt" in name and isinstance(value, (list, tuple, Tensor)):
             raise InputError(
                 f"{name} must be the same for all images, a text, got {type(value).__name__}: which images make up a "
@@ -66,8 +66,8 @@ def call_arguments(
     }
     if arguments_for is not None:
         given = dict(arguments_for(list(texts)))
-        if wrong := sorted(given.keys() & (_OURS.keys() | arguments.keys())):
-            raise InputError(f"arguments_for returned {wrong[0]}: {_OURS.get(wrong[0], 'it is given for all images')}")
+        if wrong := sorted(given.keys() & (OURS.keys() | arguments.keys())):
+            raise InputError(f"arguments_for returned {wrong[0]}: {OURS.get(wrong[0], 'it is given for all images')}")
         call |= given
     # The guard takes prompts for what embeddings stand for: a scorer may look at them, and the verdicts name them.
     return call | {"prompts" if call.get("prompt_embeds") is not None else "prompt": texts}

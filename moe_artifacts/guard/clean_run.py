@@ -52,7 +52,7 @@ class Unfilled:
     prompt_index: int
     prompt: str
     out_of_attempts: int  # images that ``max_attempts`` attempts did not bring
-    out_of_budget: int  # images that were still to be attempted when ``max_denoiser_calls`` ended the run
+    out_of_budget: int  # images still to be attempted when ``max_denoiser_calls``, or an interruption, ended the run
 
     @property
     def missing(self) -> int:
@@ -69,6 +69,7 @@ class CleanRun:
     wanted: int  # images asked for
     waves: list[Wave]  # in the order in which they were made
     rule: ThresholdConfig | None
+    interrupted: bool = False  # by the pipeline, in a wave that is not among ``waves``
 
     @property
     def attempts(self) -> list[Attempt]:
@@ -88,7 +89,8 @@ class CleanRun:
     def report(self) -> str:
         """What was made, what it took, which prompts lack images, and what the threshold promises."""
         lines = [self._images(), self._steps(), *self._lacks()]
-        return "\n".join(lines + [promise(self.rule, wave.setting) for wave in self.waves[:1]])
+        promises = dict.fromkeys(promise(self.rule, wave.setting) for wave in self.waves)
+        return "\n".join([*lines, *promises])
 
     def _images(self) -> str:
         counts = Counter(attempt.status for attempt in self.attempts)
@@ -107,13 +109,14 @@ class CleanRun:
     def _lacks(self) -> list[str]:
         if not self.unfilled:
             return []
+        rest = "as the run was interrupted" if self.interrupted else "as the next wave could pass max_denoiser_calls"
         lines = [f"{len(self.unfilled)} prompts lack {sum(u.missing for u in self.unfilled)} images:"]
         for unfilled in self.unfilled[:SHOWN]:
             reasons = [
                 f"{count} {reason}"
                 for count, reason in (
                     (unfilled.out_of_attempts, "after max_attempts"),
-                    (unfilled.out_of_budget, "as the next wave could pass max_denoiser_calls"),
+                    (unfilled.out_of_budget, rest),
                 )
                 if count
             ]
@@ -128,6 +131,8 @@ def clean_run(
     rule: ThresholdConfig | None,
     held: Mapping[Place, Any],
     folder: Path | None,
+    *,
+    interrupted: bool = False,
 ) -> CleanRun:
     """The record of a run from its waves.
 
@@ -157,4 +162,5 @@ def clean_run(
         wanted=queue.wanted,
         waves=waves,
         rule=rule,
+        interrupted=interrupted,
     )

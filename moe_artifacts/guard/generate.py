@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from moe_artifacts.errors import InputError
 from moe_artifacts.guard.attempts import AttemptQueue, Place
-from moe_artifacts.guard.call_settings import call_arguments, check_call, run_settings
+from moe_artifacts.guard.call_settings import OURS, call_arguments, check_call, run_settings
 from moe_artifacts.guard.clean_run import CleanRun, clean_run
+from moe_artifacts.guard.fingerprint import fingerprint
 from moe_artifacts.guard.guard import ArtifactGuard
 from moe_artifacts.guard.output import GuardedOutput
 from moe_artifacts.guard.request import denoiser_of, require_steps
@@ -68,8 +69,12 @@ def generate_clean(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check(prompts, guard, seed, images_per_prompt, batch_size, max_attempts, max_denoiser_calls)
     check_call(pipeline_kwargs, into_folder=folder is not None)
+    pipeline_kwargs = {name: value for name, value in pipeline_kwargs.items() if name not in OURS}  # those are None
+    denoiser_of(
+        pipe
+    )  # a pipeline that is not known, and steps that no run can take, are refused before the folder has a run
     if (steps := pipeline_kwargs.get("num_inference_steps")) is not None:
-        require_steps(steps, pipe.scheduler.config.get("num_train_timesteps"))  # before the folder has a run
+        require_steps(steps, pipe.scheduler.config.get("num_train_timesteps"))
     queue = AttemptQueue(prompts, images_per_prompt, max_attempts, seed)
     spent = _Spent()
     held: dict[Place, Any] = {}
@@ -79,10 +84,11 @@ def generate_clean(
             settings = run_settings(pipe, guard, prompts, images_per_prompt, seed, pipeline_kwargs)
             writer = stack.enter_context(RunWriter(folder, settings))
         waves = [] if writer is None else list(writer.waves)
+        _require_same_denoiser(waves, pipe, folder)
         for wave in waves:
             queue.settle(wave.attempts)
             spent.add(wave)
-        kept = queue.kept.total()
+        kept, interrupted = queue.kept.total(), False
         bar = stack.enter_context(tqdm(total=queue.wanted, initial=kept, unit="image", disable=not progress))
         while places := queue.next(batch_size):
             texts = [prompts[index] for index, _ in places]
@@ -94,6 +100,8 @@ def generate_clean(
                     output = guard(pipe, generator=generators, **call)
             except _OverBudget:
                 break
+            if interrupted := output.interrupted:
+                break  # like a wave that was killed: it is made again when the run is resumed
             wave, images = _wave(places, texts, seeds, output, in_folder=writer is not None)
             if writer is not None:
                 writer.commit(wave, images)
@@ -104,7 +112,19 @@ def generate_clean(
             spent.add(wave)
             bar.update(len(output.kept_indices))
             bar.set_postfix_str(f"{spent.share_saved:.1%} of steps saved")
-    return clean_run(prompts, waves, queue, guard.rule, held, None if folder is None else Path(folder))
+    place = None if folder is None else Path(folder)
+    return clean_run(prompts, waves, queue, guard.rule, held, place, interrupted=interrupted)
+
+
+def _require_same_denoiser(waves: list[Wave], pipe: Any, folder: str | os.PathLike[str] | None) -> None:
+    """The folder knows a model by its name, and weights under one name change."""
+    was = waves[-1].setting.denoiser if waves else None
+    now = fingerprint(denoiser_of(pipe)) if was is not None else None
+    if was is not None and now is not None and was != now:
+        raise InputError(
+            f"{folder} holds a run of another denoiser (its weights or their precision differ): give another folder, or the "
+            "model it was started with"
+        )
 
 
 class _OverBudget(Exception):
@@ -155,6 +175,8 @@ def _wave(
     flagged: dict[int, bool] = {}
     if output.nsfw_content_detected is not None:
         flagged = dict(zip(output.kept_indices, output.nsfw_content_detected, strict=True))
+    if output.audited_nsfw is not None:
+        flagged |= dict(zip(output.audited_indices, output.audited_nsfw, strict=True))
     attempts = tuple(
         Attempt(
             prompt_index=index,
@@ -189,6 +211,11 @@ def _check(
 ) -> None:
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise InputError(f"prompts must be at least one text, got {reprlib.repr(prompts)}")
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"prompts must be texts that UTF-8 can hold, got {reprlib.repr(prompt)}") from error
     if guard.on_abort == "record":
         raise InputError("generate_clean needs a guard that aborts, on_abort='drop' or 'mask', got 'record'")
     counts = {"images_per_prompt": images_per_prompt, "batch_size": batch_size, "max_attempts": max_attempts}

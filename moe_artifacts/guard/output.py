@@ -48,6 +48,8 @@ class GuardedOutput:
     recorded: bool  # on_abort="record"
     audited_indices: list[int] = field(default_factory=list)  # would have been aborted, and were finished
     audited_images: Any = field(default_factory=list)  # those, as ``images`` has the others
+    audited_nsfw: list[bool] | None = None  # of those, as ``nsfw_content_detected``
+    interrupted: bool = False  # the pipeline left its loop before the last step: the images kept are not finished
     last_previews: dict[int, Tensor] = field(default_factory=dict)  # of aborted and rejected images: RGB in [0, 1], CPU
 
     def report(self) -> str:
@@ -77,6 +79,8 @@ class GuardedOutput:
             saved, ending = (sum(num_steps - (step + 1) for step in left), "would not be run")
         else:
             saved, ending = self.steps_full - self.steps_run, "not run"
+        if self.interrupted:
+            ending += "; INTERRUPTED before the last step, so what was kept is not finished"
         return f"{len(self.verdicts)} images: {', '.join(parts)}; {saved} of {self.steps_full} denoiser steps {ending}"
 
 
@@ -118,7 +122,7 @@ def promise(rule: ThresholdConfig | None, setting: Setting) -> str:
         return "no threshold: scores were recorded, nothing was decided"
     if rule.max_risk is None or rule.confidence is None:
         return f"threshold {rule.threshold:g} promises nothing: it does not come from a calibration"
-    if differences := _differences(rule, setting):
+    if differences := setting_differences(rule, setting):
         return f"threshold NOT certified in this setting: {', '.join(differences)}"
     over = rule.prompt_mix or "the calibration prompts"
     where = [f"{100 * rule.confidence:g} % sure", f"over {over}"]
@@ -132,7 +136,7 @@ def promise(rule: ThresholdConfig | None, setting: Setting) -> str:
     return f"{risk} <= {100 * rule.max_risk:g} % ({', '.join(where)})"
 
 
-def _differences(rule: ThresholdConfig, setting: Setting) -> list[str]:
+def setting_differences(rule: ThresholdConfig, setting: Setting) -> list[str]:
     """Where the setting is not the one the threshold was certified in; what either does not know is not compared."""
     found = []
     if rule.scheduler is not None and _short(rule.scheduler) != _short(setting.scheduler):

@@ -28,8 +28,10 @@ def warn_if_not_alone(scheduler: Any, request: Request, eta: float | None, stack
     """
     name = type(scheduler).__name__
     if request.batch_size == 1:
-        return
-    if name in _DRAW_FOR_THE_BATCH:
+        if name != "DPMSolverSDEScheduler" or scheduler.config.noise_sampler_seed is not None:
+            return
+        cause = f"{name} draws a seed from torch's global generator; make it with a noise_sampler_seed"
+    elif name in _DRAW_FOR_THE_BATCH:
         cause = f"{name} draws its noise for the whole batch, whatever the generators"
     elif _draws_noise(scheduler, eta) and request.generator_kind != "list":
         given = "no generator was" if request.generator_kind == "none" else "one generator for the whole batch was"

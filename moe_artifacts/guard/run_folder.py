@@ -95,11 +95,6 @@ class RunRecord:
         """The rule that decided, with what it promises."""
         return from_dict(ThresholdConfig, self.settings["rule"], f"{self.folder / RUN_NAME}: rule")
 
-    @property
-    def setting(self) -> Setting | None:
-        """How the images were sampled; None before the first wave is finished."""
-        return self.waves[0].setting if self.waves else None
-
 
 def read_run(folder: str | os.PathLike[str]) -> RunRecord:
     """Read the folder of a run that is finished, stopped or still going on.
@@ -150,6 +145,8 @@ def iter_waves(folder: Path, prompts: list[str]) -> Iterator[Wave]:
             wave = from_dict(Wave, read_json(path), str(path))
         except ConfigError as error:
             raise InputError(f"{path} is not a wave of this release: {error}") from error
+        if not wave.attempts:
+            raise InputError(f"{path} has no attempts: the run is damaged")
         for attempt in wave.attempts:
             where = (attempt.prompt_index, attempt.attempt)
             if where in seen or not 0 <= where[0] < len(prompts) or prompts[where[0]] != attempt.prompt:
@@ -289,7 +286,11 @@ def _differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str
     different = [name for name in names if was.get(name, absent) != now.get(name, absent)]
     short = reprlib.Repr()
     short.maxstring = 80
-    shown = [f"{name} {short.repr(now.get(name))} instead of {short.repr(was.get(name))}" for name in different[:5]]
+
+    def told(values: Mapping[str, Any], name: str) -> str:
+        return short.repr(values[name]) if name in values else "not given"
+
+    shown = [f"{name} {told(now, name)} instead of {told(was, name)}" for name in different[:5]]
     return shown + [f"and {len(different) - 5} more"] * (len(different) > 5)
 
 

@@ -79,6 +79,7 @@ class Watch:
             for i in range(size)
         ]
         self._num_steps = self._steps_run = 0
+        self._reached_end = False
         self._no_latents = torch.empty(0)  # what the latents look like, without a row
         self._checks: list[int] = []
         self._steps: list[int] = []
@@ -100,6 +101,7 @@ class Watch:
         if step.index in self._checks and len(self._scored):
             self._score(step)
         if step.is_last:
+            self._reached_end = True
             self._find_nonfinite(step)
         if self._recording:
             return None
@@ -133,6 +135,10 @@ class Watch:
         kept = [i for i in self.rows.alive.tolist() if i not in audited]
         # Where a callback interrupted the run, the passengers did not leave and were decoded too.
         shown = self.rows.held.tolist()
+
+        def flags(places: list[int]) -> list[bool] | None:
+            return None if nsfw is None else [nsfw[shown.index(i)] for i in places]
+
         return GuardedOutput(
             images=select_images(images, [shown.index(i) for i in kept]),
             kept_indices=kept,
@@ -148,11 +154,13 @@ class Watch:
             ),
             steps_run=self._steps_run,
             steps_full=size * self._num_steps,
-            nsfw_content_detected=None if nsfw is None else [nsfw[shown.index(i)] for i in kept],
+            nsfw_content_detected=flags(kept),
+            interrupted=output is not None and not self._reached_end,
             setting=setting,
             rule=self._rule,
             recorded=self._recording,
             audited_indices=audited,
+            audited_nsfw=flags(audited),
             audited_images=select_images(images, [shown.index(i) for i in audited]),
             last_previews=self._last_previews,
         )

@@ -32,11 +32,11 @@ POSTERIOR, EXIT = "posterior.", "exit."
 def save(
     folder: str | os.PathLike[str], config: ScalarConfig, posterior: ScalarPosterior | None, head: ScalarExit | None
 ) -> None:
-    """Write the folder; one that is there already is replaced, the numbers first."""
+    """Write the folder; one that is there already is replaced: what is half replaced does not load."""
     if posterior is not None:
         state = {POSTERIOR + name: torch.from_numpy(values) for name, values in posterior.arrays().items()}
         state |= {EXIT + name: value for name, value in (head.state_dict() if head else {}).items()}
-        save_state(Path(folder, WEIGHTS_NAME), state)
+        save_state(Path(folder, WEIGHTS_NAME), state, makes_void=Path(folder, CONFIG_NAME))
     write_json(Path(folder, CONFIG_NAME), to_dict(config))
 
 

@@ -34,13 +34,13 @@ from torch import nn
 from moe_artifacts.accumulator import ExitHead
 from moe_artifacts.calibration import Calibration
 from moe_artifacts.calibration.risks import Unit
-from moe_artifacts.checkpoint import save_state
+from moe_artifacts.checkpoint import CONFIG_NAME, save_state
 from moe_artifacts.config import ExitHeadConfig, LatentSpaceConfig, RuleName
 from moe_artifacts.embedder import ClipEmbedder, state_sha256
-from moe_artifacts.errors import ConfigError, InputError, MoeArtifactsError
+from moe_artifacts.errors import ConfigError, InputError, LatentSpaceError, MoeArtifactsError
 from moe_artifacts.files import read_json, write_json
 from moe_artifacts.guard.space import latent_space_of
-from moe_artifacts.latent_spaces import LATENT_SPACES
+from moe_artifacts.latent_spaces import LATENT_SPACES, differences
 from moe_artifacts.loading import DTYPES, load_pipeline
 from moe_artifacts.scorer import ArtifactScorer
 from training import rules
@@ -56,11 +56,19 @@ from training.own.choose import (
     Sampling,
     calibrate_for,
     exit_training_data,
+    require_enough,
     require_trained_levels,
     sampling_of,
 )
 from training.own.cost import measure_check_cost
-from training.own.heads_folder import HeadFacts, read_heads, require_same_embedder
+from training.own.heads_folder import (
+    HeadFacts,
+    read_heads,
+    require_distinct,
+    require_new_prompts,
+    require_same_embedder,
+    require_unseen,
+)
 from training.own.train import describe
 from training.row_jobs import complete_shards
 from training.rules import Promise
@@ -93,6 +101,7 @@ class Parts:
 
 def write(parts: Parts, found: Calibrated, bad_rate: float, out: Path) -> None:
     """The scorer with its threshold, and every rule beside it."""
+    (out / CONFIG_NAME).unlink(missing_ok=True)  # of an earlier scorer, whose rules are about to be replaced
     for name in found.thresholds:
         save_state(out / "rules" / f"{name}.safetensors", found.candidates[name].exit_head.state_dict())
     write_json(out / "rules" / "rules.json", found.record(bad_rate))
@@ -170,11 +179,18 @@ def _run(args: argparse.Namespace) -> str:
     names = ("train", "validation") if args.pipeline is None else ("train", "validation", "calibration")
     rows = {name: EmbeddedRows(args.embedded / name) for name in names}
     data: dict[str, Subset] = {}
+    require_distinct(rows)
+    if "calibration" in rows:
+        require_unseen(rows["calibration"], facts)
+        if args.unit == "prompt":
+            require_new_prompts(rows)
     for name, source in rows.items():
         require_same_embedder(source, facts)
         data[name] = labelled(source, name)
         log.info("%s", describe(name, source, data[name]))
         require_trained_levels(data[name], facts, name)
+    if "calibration" in data:
+        require_enough(promise, data["calibration"])  # before the pipeline is read, and anything is trained
     embedder, preview = load_embedder(args.embedder, args.pretrained)
     preview = preview if args.preview is None and preview is not None else _preview(args.preview)
     _require_embedder(facts, embedder, preview)
@@ -270,7 +286,15 @@ def _pipeline(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def _latent_space(args: argparse.Namespace, pipe: Any, preview: nn.Module) -> LatentSpaceConfig:
     if pipe is not None:
-        return latent_space_of(pipe, args.name or args.out.resolve().name)
+        found, own = latent_space_of(pipe, args.name or args.out.resolve().name), getattr(preview, "space", None)
+        if own is None or own.vae_class == "AutoencoderTiny":  # which takes latents of several spaces
+            return found
+        if told := differences(dataclasses.replace(own, packing=found.packing), found):
+            raise LatentSpaceError(
+                f"the preview was made for the latent space {own.name!r}, and the pipeline has another: {', '.join(told)}; "
+                "fit one to this pipeline (training.fit_preview), then embed, train and calibrate again"
+            )
+        return found
     if args.latent_space is not None:
         return LATENT_SPACES[args.latent_space]
     space = getattr(preview, "space", None)

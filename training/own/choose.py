@@ -160,7 +160,7 @@ def calibrate_for(
             "training.own.collect"
         )
     most, every = promise.max_risk, tuple(range(validation.checks))
-    _require_enough(promise, held_out)
+    require_enough(promise, held_out)
     few = at_most(validation, CHOOSING_IMAGES, seed=0)
     run = rules.run_of(few, every, sampling.num_steps, check_cost)
     checks = rules.choose_checks(heads, calibration, few, run, most)
@@ -225,7 +225,7 @@ def _shares(data: HeadData, checks: Sequence[int]) -> str:
     return ", ".join(f"{share:.0%}" for share in spent.tolist())
 
 
-def _require_enough(promise: Promise, held_out: HeadData) -> None:
+def require_enough(promise: Promise, held_out: HeadData) -> None:
     """Refuse, before anything is trained, what not even a rule without a single false abort could certify."""
     prompt = held_out.prompt_id.numpy()
     try:

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from moe_artifacts.calibration import fewest_units
 from moe_artifacts.cli.shared import no_loading_bars
 from moe_artifacts.errors import InputError, MoeArtifactsError
 from moe_artifacts.files import read_json, write_json
@@ -36,7 +37,7 @@ from moe_artifacts.guard.call_settings import check_call
 from moe_artifacts.guard.pipelines import spec_of
 from moe_artifacts.loading import DTYPES, load_pipeline
 from moe_artifacts.trajectory import Trajectory
-from training.judging import Judge, LabelTable, import_function
+from training.judging import Judge, LabelTable, ManifoldLabels, import_function
 from training.own.batches import (
     RUN_NAME,
     UNLABELLED,
@@ -80,7 +81,7 @@ class CollectOptions:
                 raise InputError(
                     f"counts must be of {', '.join(SPLITS)}, from 0 to {SEEDS_PER_SPLIT}, got {split}={count}"
                 )
-        for name, lowest in {"batch": 1, "images_per_prompt": 1, "checks": 1, "seed": 0}.items():
+        for name, lowest in {"batch": 1, "images_per_prompt": 1, "checks": 2, "seed": 0}.items():
             if getattr(self, name) < lowest:
                 raise InputError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
 
@@ -152,6 +153,9 @@ def collect(
                 "say the split of each in a column"
             )
     told = dataclasses.asdict(options) | {"prompts": prompts.sha256(), "judge": judge_name, **(made_with or {})}
+    if isinstance(judge, ManifoldLabels):
+        told["judge_sha256"] = judge.sha256()
+    _warn_if_few_prompts(options, len(prompts.prompts["calibration"]))
     # Rounded: on other machines they may differ in the last digits.
     levels = {name: getattr(recorder.config, name) for name in ("log_snr_range", "check_progress")}
     told |= {name: [round(value, 4) for value in values] for name, values in levels.items()}
@@ -181,6 +185,18 @@ def collect(
                     f"{rejects[-1]['detail']}"
                 )
             bar.update()
+
+
+def _warn_if_few_prompts(options: CollectOptions, prompts: int) -> None:
+    used = min(prompts, -(-options.counts.get("calibration", 0) // options.images_per_prompt))
+    needed = fewest_units(0.05, 0.95)  # what training.own.calibrate promises unless told otherwise
+    if 0 < used < needed:
+        logging.getLogger(__name__).warning(
+            "the calibration images will be of %d prompts: a promise over prompts, of 5 %% with 95 %% confidence, takes %d of them "
+            "and more; give more prompts, or have another promise in mind (training.own.calibrate)",
+            used,
+            needed,
+        )
 
 
 def _write(

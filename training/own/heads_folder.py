@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from moe_artifacts.config import from_dict, to_dict
 from moe_artifacts.errors import InputError
 from moe_artifacts.files import read_json, sha256_file, write_json
 from training.embedded import EmbeddedRows
 from training.heads import HeadRecipe, Heads, HeadSpace, load_heads
-from training.row_jobs import META
+from training.row_jobs import META, complete_shards
 
 WEIGHTS_NAME, FACTS_NAME = "heads.safetensors", "heads.json"
 MADE_WITH = ("embedder_sha256", "preview_sha256")
@@ -83,6 +88,54 @@ def require_same_embedder(data: EmbeddedRows, facts: HeadFacts | EmbeddedRows) -
                 f"{data.folder} was made with another {name.removesuffix('_sha256')}: SHA-256 {found}, expected {expected}; "
                 "embed every split with the same --embedder and --preview"
             )
+
+
+def require_distinct(splits: Mapping[str, EmbeddedRows]) -> None:
+    """Refuse the same images as two splits.
+
+    Raises:
+        InputError: Naming the two.
+    """
+    for (one, first), (other, second) in itertools.combinations(splits.items(), 2):
+        source = first.meta.get("source")
+        if source and source == second.meta.get("source"):
+            raise InputError(
+                f"{first.folder} and {second.folder} are the same images: embed {one} and {other} each from its own trajectories"
+            )
+
+
+def require_unseen(calibration: EmbeddedRows, facts: HeadFacts) -> None:
+    """Refuse to certify on what the heads have learned from.
+
+    Raises:
+        InputError: If it is what the heads were trained, or stopped, on.
+    """
+    if sha256_file(calibration.folder / META) in (facts.train_sha256, facts.validation_sha256):
+        raise InputError(
+            f"the heads were trained on {calibration.folder}: a threshold must come from images that nothing has seen"
+        )
+
+
+def require_new_prompts(splits: Mapping[str, EmbeddedRows]) -> None:
+    """Refuse a promise over prompts whose prompts the heads know.
+
+    Raises:
+        InputError: Naming one.
+    """
+    prompts = {name: _prompts_of(rows) for name, rows in splits.items()}
+    for name in ("train", "validation"):
+        if known := sorted(prompts["calibration"] & prompts[name]):
+            raise InputError(
+                f"{len(known)} prompts of the calibration images are those of {name} too, the first is {known[0]!r}: a promise over "
+                "prompts needs prompts of its own; share them out by prompt, or take --unit image"
+            )
+
+
+def _prompts_of(rows: EmbeddedRows) -> set[str]:
+    found: set[str] = set()
+    for path in complete_shards(rows.folder):
+        found.update(pc.unique(pq.read_table(path, columns=["prompt"])["prompt"]).to_pylist())
+    return found
 
 
 def made_with(train: EmbeddedRows, validation: EmbeddedRows) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from moe_artifacts.errors import InputError, MoeArtifactsError
 from moe_artifacts.files import read_json, write_json
 from moe_artifacts.shapes import PerImage, RowMask
 from moe_artifacts.trajectory import Trajectory
-from training.judging import FinishedImages, Judge, LabelTable, VerdictJudge, judge_named
+from training.judging import FinishedImages, Judge, LabelTable, ManifoldLabels, VerdictJudge, judge_named
 from training.own.batches import (
     UNLABELLED,
     Reject,
@@ -119,7 +119,14 @@ def label(out: Path, judge: Judge, name: str, options: Mapping[str, Any] | None 
             f"{out / UNLABELLED} holds no trajectories: python -m training.own.collect writes them there when it is given "
             "no judge"
         )
-    _begin(out, {"judge": name, **(options or {}), "sha256": judge.sha256() if isinstance(judge, LabelTable) else None})
+    _begin(
+        out,
+        {
+            "judge": name,
+            **(options or {}),
+            "sha256": judge.sha256() if isinstance(judge, (LabelTable, ManifoldLabels)) else None,
+        },
+    )
     targets = {folder: batch_folder(out, folder.parent.name, int(folder.name)) for folder in folders}
     missing = {source: target for source, target in targets.items() if not target.exists()}
     with progress(len(folders), len(folders) - len(missing), "label") as bar:

@@ -27,7 +27,15 @@ from moe_artifacts.loading import checked_device
 from training.embedded import EmbeddedRows
 from training.head_data import HeadData, at_most, is_bad, labelled, log_snr_range_of, rows_per_band
 from training.heads import HeadRecipe, HeadSpace, Variant, head_configs
-from training.own.heads_folder import FACTS_NAME, WEIGHTS_NAME, HeadFacts, made_with, read_facts, require_same_embedder
+from training.own.heads_folder import (
+    FACTS_NAME,
+    WEIGHTS_NAME,
+    HeadFacts,
+    made_with,
+    read_facts,
+    require_distinct,
+    require_same_embedder,
+)
 from training.posterior import train_posterior
 from training.trackers import add_tracker_option, chosen_tracker, open_tracker
 
@@ -57,6 +65,7 @@ def train(
     """
     rows, other = EmbeddedRows(embedded / "train"), EmbeddedRows(embedded / "validation")
     require_same_embedder(other, rows)
+    require_distinct({"train": rows, "validation": other})
     data, unseen = labelled(rows, "train"), labelled(other, "validation")
     for name, source, known in (("train", rows, data), ("validation", other, unseen)):
         log.info("%s", describe(name, source, known))
