@@ -181,12 +181,14 @@ def judge_features() -> str:
 def savings() -> str:
     """Prices measured in one run for each batch size and processor that was tried."""
     rows = []
-    for name in ("savings_batch24", "savings", "savings_batch96", "savings_epyc"):
+    names = ("savings_batch24", "savings", "savings_batch96")
+    for name in (*names, *(f"{name}_epyc" for name in names)):
         processor = read_json(RESULTS / f"{name}.json")["hardware"].partition(",")[0]
         rows += [
             [
                 str(row["batch"]),
                 processor.replace("(R)", ""),
+                f"{row['images']:,}",
                 percent(row["scoring_share"]),
                 percent(row["steps_saved"]),
                 interval(row, "wall_clock_per_clean", percent),
@@ -194,7 +196,7 @@ def savings() -> str:
             for row in rows_of(name)
         ]
     return markdown(
-        ["batch", "processor", "scoring, of denoising time", "steps saved", "wall clock per clean image"], rows
+        ["batch", "processor", "images", "scoring, of denoising time", "steps saved", "wall clock per clean image"], rows
     )
 
 
