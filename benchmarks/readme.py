@@ -196,7 +196,8 @@ def savings() -> str:
             for row in rows_of(name)
         ]
     return markdown(
-        ["batch", "processor", "images", "scoring, of denoising time", "steps saved", "wall clock per clean image"], rows
+        ["batch", "processor", "images", "scoring, of denoising time", "steps saved", "wall clock per clean image"],
+        rows,
     )
 
 
