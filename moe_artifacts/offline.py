@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from moe_artifacts.accumulator import Accumulated
 from moe_artifacts.config import ScorerConfig
 from moe_artifacts.decision import decide
 from moe_artifacts.errors import InputError
-from moe_artifacts.files import atomic_path, read_json
+from moe_artifacts.files import atomic_path, read_json, sha256_file
 from moe_artifacts.noise import progress
 from moe_artifacts.scorer import ArtifactScorer
 from moe_artifacts.trajectory import Trajectory, join_trajectories
@@ -105,7 +104,7 @@ def _origin(source: Path) -> dict[str, Any]:
     """What a folder of this name held when it was scored."""
     table, latents = source / TABLE_NAME, source / LATENTS_NAME
     return {
-        "sha256": hashlib.sha256(table.read_bytes()).hexdigest() if table.exists() else None,
+        "sha256": sha256_file(table) if table.exists() else None,
         "latents_bytes": latents.stat().st_size if latents.exists() else None,  # gigabytes: not hashed
     }
 
